@@ -1,0 +1,181 @@
+"""What users ask for, checked once, and what the engine gets."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_earlyexit.assets import shipped_heads
+from vllm_earlyexit.errors import EarlyExitError
+from vllm_earlyexit.heads.checkpoint import HeadsConfig, load_heads, read_config
+from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
+
+METHOD = "self_exit"
+SPELLING = "[self-exit]"
+HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
+DEFAULT_DRAFT_LENGTH = 4
+MAX_DRAFT_LENGTH = 64
+
+
+class Knobs(BaseModel):
+    """Everything a user may set in ``speculative_config``, beside ``method``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: Annotated[str | None, Field(description="heads: a folder or a Hub id")] = None
+    exit_layer: Annotated[int | None, Field(gt=0, description="layers to run before drafting from the exit head")] = None
+    num_speculative_tokens: Annotated[int | None, Field(gt=0, le=MAX_DRAFT_LENGTH, description="longest draft")] = None
+    policy: Annotated[
+        Literal["fixed", "entropy"] | None,
+        Field(description="'fixed' always drafts the longest draft; 'entropy' stops at the first unsure token"),
+    ] = None
+    target_accuracy: Annotated[
+        float | None, Field(gt=0, lt=1, description="entropy policy: calibrated accuracy of what is drafted")
+    ] = None
+    head: Annotated[
+        Literal["trained", "shared"], Field(description="'shared' is LayerSkip's: final norm and lm_head, no heads needed")
+    ] = "trained"
+
+
+@dataclass(frozen=True)
+class EarlyExitConfig:
+    """One resolved setting, as the engine gets it.
+
+    Attributes:
+        heads: Folder of the heads checkpoint; None for the shared head.
+        exit_layer: Layers run before the exit.
+        num_speculative_tokens: Longest draft.
+        policy: ``fixed`` or ``entropy``.
+        entropy_threshold: Nats; the entropy policy drafts a token while its entropy is at most this.
+    """
+
+    heads: str | None
+    exit_layer: int
+    num_speculative_tokens: int
+    policy: Literal["fixed", "entropy"]
+    entropy_threshold: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready copy, as it travels to vLLM's processes."""
+        return asdict(self)
+
+
+def knobs_from(config: dict[str, Any] | None, method: str | None, model: str | None, tokens: int | None) -> Knobs | None:
+    """Return the knobs if self-exit is asked for, None if something else is.
+
+    Args:
+        config: ``speculative_config``, from Python or ``--speculative-config``.
+        method: ``--spec-method``.
+        model: ``--spec-model`` or ``--speculative-model``.
+        tokens: ``--spec-tokens``.
+
+    Raises:
+        EarlyExitError: a knob is unknown, out of range, or given twice.
+    """
+    asked = {key.replace("-", "_"): value for key, value in (config or {}).items()}
+    for key, value in (("method", method), ("model", model), ("num_speculative_tokens", tokens)):
+        if value is not None and asked.get(key, value) != value:
+            raise EarlyExitError(f"self-exit: {key} is given twice, as {asked[key]!r} and {value!r}; give it once")
+        if value is not None:
+            asked[key] = value
+    spelled = str(asked.get("model") or "").startswith(SPELLING)
+    if not spelled and str(asked.get("method", "")).replace("-", "_") != METHOD:
+        return None
+    chosen = str(asked.pop("method", METHOD)).replace("-", "_")
+    if chosen != METHOD:
+        raise EarlyExitError(f"self-exit: model {SPELLING!r} and method {chosen!r} contradict each other; drop one")
+    if spelled:
+        asked["model"] = str(asked["model"]).removeprefix(SPELLING).removeprefix(":") or None
+    try:
+        return Knobs.model_validate({key: value for key, value in asked.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0]
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(["method", *Knobs.model_fields])
+            raise EarlyExitError(f"self-exit: there is no knob {name!r}; the knobs are {known}") from None
+        raise EarlyExitError(f"self-exit: {name}={first['input']!r} does not work: {first['msg']}") from None
+
+
+def _find_heads(asked: str | None, folder: Path, model_print: str) -> Path:
+    """Return the folder of the heads to use, fetching them from the Hub if they are named by id."""
+    named = asked or text_config(folder).get(HEADS_KEY)
+    if named is not None and not isinstance(named, str):
+        raise EarlyExitError(f"self-exit: {HEADS_KEY} in {folder / 'config.json'} must be a path or a Hub id")
+    if named is None:
+        beside = folder / HEADS_KEY
+        found = beside if beside.is_dir() else shipped_heads(model_print)
+        if found is None:
+            raise EarlyExitError(
+                f"self-exit: no exit heads come with this model; train them with 'vllm-earlyexit train {folder} …' "
+                f"and name their folder, '{SPELLING}:HEADS'"
+            )
+        return found
+    local = Path(named) if asked else folder / named
+    if local.exists() or named.startswith((".", "/", "~")) or named.count("/") != 1:
+        return local.expanduser()
+    return model_folder(named)
+
+
+def _check_belongs(heads: HeadsConfig, where: Path, model: str, model_print: str) -> None:
+    if heads.fingerprint != model_print:
+        raise EarlyExitError(
+            f"self-exit: the heads in {where} were trained for {heads.base_model!r}, not for {model!r}; "
+            f"name heads of this model or train them with 'vllm-earlyexit train'"
+        )
+
+
+def resolve(knobs: Knobs, model: str, revision: str | None = None) -> EarlyExitConfig:
+    """Find the heads, check that they fit the model, and fill every knob that the user left open.
+
+    Raises:
+        EarlyExitError: something does not fit; nothing has been loaded yet.
+    """
+    folder = model_folder(model, revision)
+    num_layers = int(text_config(folder).get("num_hidden_layers", 0))
+    if knobs.exit_layer is not None and knobs.exit_layer >= num_layers:
+        raise EarlyExitError(
+            f"self-exit: exit_layer={knobs.exit_layer} is beyond the stack; this model has {num_layers} layers, "
+            f"choose 1 to {num_layers - 1}"
+        )
+    if knobs.head == "shared":
+        return _resolve_shared(knobs)
+    model_print = fingerprint(folder)
+    where = _find_heads(knobs.model, folder, model_print)
+    heads = read_config(where)
+    _check_belongs(heads, where, model, model_print)
+    load_heads(where)  # a damaged file is found here, before the model loads
+    return _resolve_trained(knobs, heads, where)
+
+
+def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
+    if knobs.model is not None:
+        raise EarlyExitError("self-exit: head='shared' uses no trained heads; drop either 'model' or 'head'")
+    if knobs.exit_layer is None:
+        raise EarlyExitError("self-exit: head='shared' needs exit_layer, since there is no calibration to choose it")
+    if knobs.policy == "entropy" or knobs.target_accuracy is not None:
+        raise EarlyExitError("self-exit: head='shared' is not calibrated; use policy='fixed' without target_accuracy")
+    draft_length = knobs.num_speculative_tokens or DEFAULT_DRAFT_LENGTH
+    return EarlyExitConfig(None, knobs.exit_layer, draft_length, "fixed", None)
+
+
+def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
+    best = heads.recommended
+    exit_layer = knobs.exit_layer
+    if exit_layer is None:
+        exit_layer = best.exit_layer if best else heads.exits[0].exit_layer
+    calibration = heads.exit(exit_layer).calibration
+    policy = knobs.policy or ("entropy" if calibration else "fixed")
+    draft_length = knobs.num_speculative_tokens or (best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH)
+    threshold = None
+    if policy == "fixed":
+        if knobs.target_accuracy is not None:
+            raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
+    elif calibration is None:
+        raise EarlyExitError(
+            f"self-exit: the heads in {where} are not calibrated; run 'vllm-earlyexit calibrate' or use policy='fixed'"
+        )
+    else:
+        threshold = calibration.threshold(knobs.target_accuracy or (best.target_accuracy if best else 0.7))
+    return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold)

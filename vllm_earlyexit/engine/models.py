@@ -1,0 +1,130 @@
+"""Exit-headed architectures: an existing vLLM model class, cut into segments that run one after the other."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.sequence import IntermediateTensors
+
+from vllm_earlyexit.engine.seams import pipeline_stage
+from vllm_earlyexit.errors import EarlyExitError
+
+PREFIX = "Exit"
+BASES = {
+    "LlamaForCausalLM": "vllm.model_executor.models.llama",
+    "Qwen2ForCausalLM": "vllm.model_executor.models.qwen2",
+}
+
+
+def exit_architecture(architectures: Sequence[str]) -> str:
+    """Return the name of the exit-headed architecture that replaces a plain one.
+
+    Raises:
+        EarlyExitError: there is none.
+    """
+    for name in architectures:
+        if name.removeprefix(PREFIX) in BASES:
+            return PREFIX + name.removeprefix(PREFIX)
+    raise EarlyExitError(
+        f"self-exit: architecture {', '.join(architectures)} is not supported; supported are {', '.join(BASES)}"
+    )
+
+
+class Segment:
+    """Layers ``start`` to ``end`` of a model, run as a pipeline stage of their own; all weights are the model's.
+
+    vLLM's pipeline-parallel models run a range of layers and hand hidden states on. A segment is a shallow copy of
+    the model with another range, run while the pipeline group answers for that range.
+    """
+
+    def __init__(self, model: nn.Module, start: int, end: int):
+        self.start, self.end = start, end
+        name, inner = decoder_stack(model)
+        self._first, self._last = start == 0, end == len(inner.layers)
+        stage = copy.copy(inner)
+        stage.start_layer, stage.end_layer = start, end
+        stage.do_not_compile = True
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, name: stage}
+        self.layer_names = [
+            module.layer_name
+            for layer in inner.layers[start:end]
+            for module in layer.modules()
+            if isinstance(module, AttentionLayerBase)
+        ]
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> IntermediateTensors | torch.Tensor:
+        """Run the segment over [num_tokens] tokens within a forward context.
+
+        Returns:
+            What a pipeline stage returns: ``IntermediateTensors`` at a cut, [num_tokens, hidden_size] hidden states
+            after the final norm at the top.
+        """
+        with pipeline_stage(first=self._first, last=self._last):
+            return self._model.forward(input_ids, positions, intermediate, inputs_embeds)
+
+
+def decoder_stack(model: nn.Module) -> tuple[str, Any]:
+    """Return the name and the child of ``model`` that holds ``layers``, ``start_layer`` and ``end_layer``."""
+    for name, child in model.named_children():
+        if hasattr(child, "start_layer") and hasattr(child, "layers"):
+            return name, child
+    raise EarlyExitError(f"self-exit: {type(model).__name__} has no layer range to cut; it is not a pipeline model")
+
+
+def residual_stream(at_cut: IntermediateTensors) -> torch.Tensor:
+    """Return the hidden states at a cut, [num_tokens, hidden_size], as transformers reports them per layer.
+
+    vLLM's fused norms carry the last layer's output and the residual apart; their sum is the hidden state.
+    """
+    tensors = at_cut.tensors
+    return tensors["hidden_states"] + tensors["residual"] if "residual" in tensors else tensors["hidden_states"]
+
+
+class ExitMixin:
+    """What ``with_exits`` adds to a model class."""
+
+    def segments(self, cuts: Sequence[int]) -> list[Segment]:
+        """Return the segments between the bottom, each of ``cuts`` and the top."""
+        top = len(decoder_stack(self)[1].layers)  # type: ignore[arg-type]
+        edges = [0, *cuts, top]
+        if any(low >= high for low, high in pairwise(edges)):
+            raise EarlyExitError(f"self-exit: cuts {list(cuts)} must rise within 1 to {top - 1}")
+        return [Segment(self, low, high) for low, high in pairwise(edges)]  # type: ignore[arg-type]
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the model's own final norm to [num_tokens, hidden_size]."""
+        return decoder_stack(self)[1].norm(hidden)  # type: ignore[arg-type]
+
+
+@functools.cache
+def with_exits(base: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of a vLLM model class that can also be run in segments; its own forward is unchanged.
+
+    Raises:
+        EarlyExitError: the class cannot be run as pipeline stages.
+    """
+    if not getattr(base, "supports_pp", False):
+        raise EarlyExitError(f"self-exit: {base.__name__} does not support pipeline stages, so it cannot be cut")
+    return type(PREFIX + base.__name__, (ExitMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Build ``ExitLlamaForCausalLM`` and its like when vLLM's registry asks for them."""
+    plain = name.removeprefix(PREFIX)
+    if name.startswith(PREFIX) and plain in BASES:
+        from importlib import import_module
+
+        return with_exits(getattr(import_module(BASES[plain]), plain))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,289 @@
+"""Every change to vLLM, in one list. ``vllm-earlyexit doctor`` prints and checks it.
+
+Two *doors* are in place whenever the plugin is loaded: they recognise a request for self-exit and hand everything
+else through untouched. *Engine* seams are applied only in processes that serve self-exit. One *scoped* seam is held
+for the length of a segment's forward pass.
+"""
+
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from vllm_earlyexit.plugin import ACTIVE_VARIABLE
+
+logger = logging.getLogger("vllm.earlyexit")
+
+PROPOSER = "vllm_earlyexit.engine.runner_v1.SelfExitProposer"
+CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
+
+Stage = Literal["door", "engine", "scoped"]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One change to vLLM.
+
+    Attributes:
+        target: ``module:attribute.path`` of what is changed.
+        stage: When it is applied.
+        why: What it is for.
+        how: What it does.
+        upstream: What would make it unnecessary.
+        expects: The target's parameter names, or its kind, as in the vLLM that this was written for.
+        wrap: Makes the replacement from the original; None for a scoped seam.
+    """
+
+    target: str
+    stage: Stage
+    why: str
+    how: str
+    upstream: str
+    expects: tuple[str, ...]
+    wrap: Callable[[Any], Any] | None = None
+
+    def holder(self) -> tuple[Any, str]:
+        """Return the object that holds the target and the target's name in it."""
+        module, _, path = self.target.partition(":")
+        owner: Any = import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return owner, name
+
+    def original(self) -> Any:
+        """Return vLLM's own object, also while the seam is applied."""
+        if self.target in _originals:
+            return _originals[self.target]
+        owner, name = self.holder()
+        return inspect.getattr_static(owner, name)
+
+    def problem(self) -> str | None:
+        """Return a sentence if the target does not look as expected, None if it does."""
+        try:
+            found = shape(self.original())
+        except (ImportError, AttributeError) as error:
+            return f"{self.target} is gone ({error}); this vLLM differs from the one that is supported"
+        if found != self.expects:
+            return f"{self.target} has changed: expected {', '.join(self.expects)}; found {', '.join(found)}"
+        return None
+
+
+def shape(target: Any) -> tuple[str, ...]:
+    """Return what a seam relies on: a function's parameter names, otherwise the object's kind."""
+    if isinstance(target, property):
+        return ("property",)
+    if isinstance(target, staticmethod | classmethod):
+        target = target.__func__
+    if callable(target):
+        return tuple(inspect.signature(target).parameters)
+    return ("variable",)
+
+
+_originals: dict[str, Any] = {}
+
+
+def applied(stage: Stage | None = None) -> list[str]:
+    """Return the targets that are changed in this process, of one stage or of all."""
+    return [seam.target for seam in SEAMS if seam.target in _originals and stage in (None, seam.stage)]
+
+
+def apply(stage: Stage) -> None:
+    """Apply every seam of ``stage`` that is not yet applied in this process.
+
+    Raises:
+        RuntimeError: a target does not look as expected, or did not take the change.
+    """
+    for seam in SEAMS:
+        if seam.stage != stage or seam.wrap is None or seam.target in _originals:
+            continue
+        problem = seam.problem()
+        if problem:
+            if stage == "door":  # vLLM must start without us; asking for self-exit will then fail in vLLM's own words
+                logger.warning("vllm-earlyexit is inactive: %s", problem)
+                return
+            raise RuntimeError(f"self-exit: {problem}; run 'vllm-earlyexit doctor'")
+        owner, name = seam.holder()
+        original = seam.original()
+        replacement = seam.wrap(original)
+        setattr(owner, name, replacement)
+        if inspect.getattr_static(owner, name) is not replacement:
+            raise RuntimeError(f"self-exit: {seam.target} could not be changed; run 'vllm-earlyexit doctor'")
+        _originals[seam.target] = original
+    if stage == "engine":
+        _register_architectures()
+
+
+def remove() -> None:
+    """Undo every applied seam (for tests)."""
+    for seam in SEAMS:
+        if seam.target in _originals:
+            owner, name = seam.holder()
+            setattr(owner, name, _originals.pop(seam.target))
+    os.environ.pop(ACTIVE_VARIABLE, None)
+
+
+def _register_architectures() -> None:
+    from vllm import ModelRegistry
+
+    from vllm_earlyexit.engine import models
+
+    for base in models.BASES:
+        name = models.PREFIX + base
+        if name not in ModelRegistry.models:
+            ModelRegistry.register_model(name, f"{models.__name__}:{name}")
+
+
+def uses_self_exit(speculative_config: Any) -> bool:
+    """Return whether a vLLM ``SpeculativeConfig`` (or None) is ours."""
+    return speculative_config is not None and speculative_config.model == PROPOSER
+
+
+def _open_request_door(original: Callable) -> Callable:
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        from vllm_earlyexit.config import knobs_from
+
+        knobs = knobs_from(self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens)
+        if knobs is None:
+            return original(self, target_model_config, target_parallel_config)
+        from vllm_earlyexit.engine.setup import set_up
+
+        return set_up(self, knobs, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _open_flag_door(original: staticmethod) -> staticmethod:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original.__func__(parser)
+        parser.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            type=str,
+            help="The same as --spec-model. '[self-exit]' or '[self-exit]:HEADS' turns on self-exit speculation "
+            "(vllm-earlyexit); HEADS is a folder or a Hub id of trained exit heads.",
+        )
+        return parser
+
+    return staticmethod(add_cli_args)
+
+
+def _reserve_lookahead(original: property) -> property:
+    def num_lookahead_tokens(self: Any) -> int:
+        if uses_self_exit(self.speculative_config):
+            return self.speculative_config.num_speculative_tokens
+        assert original.fget is not None
+        return original.fget(self)
+
+    return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _draft_with_runner(original: Callable) -> Callable:
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any) -> Any:
+        if not uses_self_exit(self.speculative_config):
+            return original(self, scheduler_output, sampled_token_ids, *args)
+        self._draft_probs = self._draft_prob_req_ids = None
+        return self.drafter.propose(self, sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule)
+
+    return propose_draft_token_ids
+
+
+def _always_fits(original: Callable) -> Callable:
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        if uses_self_exit(self.speculative_config):
+            return common_attn_metadata is not None
+        return original(self, common_attn_metadata)
+
+    return _input_fits_in_drafter
+
+
+@contextmanager
+def pipeline_stage(first: bool, last: bool) -> Iterator[None]:
+    """Let vLLM's pipeline group answer as the first and/or last rank while a segment runs.
+
+    vLLM's models ask the group whether to embed tokens and whether to apply the final norm.
+    """
+    from vllm.distributed import parallel_state
+
+    group = parallel_state._PP
+    assert group is not None
+    stage = copy.copy(group)
+    stage.ranks = [*([] if first else [-1]), group.rank, *([] if last else [-2])]
+    parallel_state._PP = stage
+    try:
+        yield
+    finally:
+        parallel_state._PP = group
+
+
+SEAMS = (
+    Seam(
+        target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        stage="door",
+        why="SpeculativeConfig.method is a closed list, so method='self_exit' has to be translated before it is built.",
+        how="Requests for self-exit become method='custom_class' with our proposer; all others are handed through.",
+        upstream="An open registry of speculative methods would replace it.",
+        expects=("self", "target_model_config", "target_parallel_config"),
+        wrap=_open_request_door,
+    ),
+    Seam(
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        stage="door",
+        why="vLLM 0.32 has --spec-model but no --speculative-model.",
+        how="Adds --speculative-model as another name of --spec-model.",
+        upstream="Not needed by anyone who writes --spec-model '[self-exit]'.",
+        expects=("parser",),
+        wrap=_open_flag_door,
+    ),
+    Seam(
+        target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        stage="engine",
+        why="Drafting writes KV below the cut past the scheduled tokens; the scheduler must have reserved the slots.",
+        how="Answers num_speculative_tokens for self-exit, vLLM's own answer otherwise.",
+        upstream="A lookahead attribute that a custom_class proposer can set would replace it.",
+        expects=("property",),
+        wrap=_reserve_lookahead,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
+        stage="engine",
+        why="A custom_class proposer gets token lists only; drafting needs block tables and attention groups.",
+        how="Hands the runner itself to our proposer.",
+        upstream="custom_class passing what the built-in drafters get would replace it.",
+        expects=(
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+        wrap=_draft_with_runner,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter",
+        stage="engine",
+        why="Near max_model_len vLLM replaces every request's draft by zeros, which are then verified in vain.",
+        how="Always lets our proposer draft; it keeps each request's draft within max_model_len by itself.",
+        upstream="A per-request limit in the runner would replace it.",
+        expects=("self", "common_attn_metadata"),
+        wrap=_always_fits,
+    ),
+    Seam(
+        target="vllm.distributed.parallel_state:_PP",
+        stage="scoped",
+        why="Models ask the pipeline group whether they hold the first or last layers; a segment needs its own answer.",
+        how="Swapped for a copy with other ranks while a segment's forward runs, then put back.",
+        upstream="Models taking first/last as arguments would replace it.",
+        expects=("variable",),
+    ),
+)

@@ -1,0 +1,204 @@
+"""The heads checkpoint: a folder with config.json and model.safetensors. Loading it never unpickles anything."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vllm_earlyexit.errors import EarlyExitError
+from vllm_earlyexit.heads.modules import build_head
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Threshold(_Part):
+    """The largest entropy whose accepted set still agrees with the full model at least at rate ``accuracy``."""
+
+    accuracy: Annotated[float, Field(gt=0, lt=1)]
+    entropy: Annotated[float, Field(ge=0, description="nats; draft while the head's entropy is at most this")]
+    coverage: Annotated[float, Field(ge=0, le=1, description="share of held-out tokens at or below the entropy")]
+
+
+class Calibration(_Part):
+    """What held-out tokens say about one exit head."""
+
+    tokens: Annotated[int, Field(gt=0, description="held-out tokens measured")]
+    agreement: Annotated[float, Field(ge=0, le=1, description="share on which head and full model choose alike")]
+    thresholds: tuple[Threshold, ...]
+
+    def threshold(self, accuracy: float) -> float:
+        """Return the entropy threshold for ``accuracy``, or for the next stricter one that was calibrated."""
+        stricter = [t for t in self.thresholds if t.accuracy >= accuracy - 1e-9]
+        if not stricter:
+            known = ", ".join(f"{t.accuracy:g}" for t in self.thresholds)
+            raise EarlyExitError(
+                f"self-exit: no entropy threshold reaches target_accuracy {accuracy:g} for these heads; "
+                f"choose one of {known}"
+            )
+        return min(stricter, key=lambda t: t.accuracy).entropy
+
+
+class ExitHeadConfig(_Part):
+    """One exit: where it is, what its head is, how sure it may be trusted to be."""
+
+    exit_layer: Annotated[int, Field(gt=0, description="layers run before the exit")]
+    kind: Literal["shared", "linear", "mlp"]
+    intermediate_size: Annotated[int, Field(ge=0, description="width of an mlp head; 0 otherwise")] = 0
+    calibration: Calibration | None = None
+
+
+class Recommendation(_Part):
+    """The setting with the highest predicted speed, found by replaying drafts on held-out text."""
+
+    exit_layer: int
+    num_speculative_tokens: int
+    target_accuracy: float
+    predicted_acceptance_length: float
+    predicted_speedup: Annotated[float, Field(description="by the layer-count cost model, not measured")]
+
+
+class HeadsConfig(_Part):
+    """config.json of a heads checkpoint."""
+
+    format: Literal["vllm-earlyexit-heads-1"] = "vllm-earlyexit-heads-1"
+    base_model: Annotated[str, Field(description="name or Hub id of the model the heads were trained on")]
+    base_revision: str | None = None
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    hidden_size: Annotated[int, Field(gt=0)]
+    num_layers: Annotated[int, Field(gt=1)]
+    vocab_size: Annotated[int, Field(gt=1)]
+    draft_vocab_size: Annotated[int, Field(gt=1, description="equal to vocab_size: the full vocabulary is drafted")]
+    exits: Annotated[tuple[ExitHeadConfig, ...], Field(min_length=1)]
+    recommended: Recommendation | None = None
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "HeadsConfig":
+        layers = [e.exit_layer for e in self.exits]
+        if layers != sorted(set(layers)) or layers[-1] >= self.num_layers:
+            raise ValueError(f"exits must rise and stay below {self.num_layers} layers, got {layers}")
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError("draft_vocab_size exceeds vocab_size")
+        if self.recommended is not None and self.recommended.exit_layer not in layers:
+            raise ValueError("the recommended exit is not among the exits")
+        return self
+
+    def exit(self, exit_layer: int) -> ExitHeadConfig:
+        """Return the exit at ``exit_layer``.
+
+        Raises:
+            EarlyExitError: these heads have no such exit.
+        """
+        for candidate in self.exits:
+            if candidate.exit_layer == exit_layer:
+                return candidate
+        known = ", ".join(str(e.exit_layer) for e in self.exits)
+        raise EarlyExitError(
+            f"self-exit: these heads have no exit after layer {exit_layer}; set exit_layer to one of {known}, "
+            "or train a head there"
+        )
+
+
+class Heads:
+    """A heads checkpoint in memory: config, one module per exit layer, and the draft vocabulary.
+
+    Attributes:
+        config: The checkpoint's config.
+        modules: exit layer to head module, float32 or as stored.
+        draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size], or None for the full vocabulary.
+    """
+
+    def __init__(self, config: HeadsConfig, modules: dict[int, nn.Module], draft_vocab: torch.Tensor | None):
+        self.config, self.modules, self.draft_vocab = config, modules, draft_vocab
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the checkpoint to ``folder``, weights as ``dtype``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"exits.{layer}.{name}": value.detach().to(dtype).contiguous()
+            for layer, module in self.modules.items()
+            for name, value in module.state_dict().items()
+        }
+        if self.draft_vocab is not None:
+            tensors["draft_vocab"] = self.draft_vocab.to(torch.int32)
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_config(self.config, folder)
+
+
+def write_config(config: HeadsConfig, folder: Path) -> None:
+    """Write config.json alone, as calibration does."""
+    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> HeadsConfig:
+    """Read and check a checkpoint's config.json.
+
+    Raises:
+        EarlyExitError: the folder or the file is missing or is not a heads checkpoint.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise EarlyExitError(
+            f"self-exit: there is no heads folder {str(folder)!r}; train one with 'vllm-earlyexit train', or check the path"
+        )
+    try:
+        return HeadsConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise EarlyExitError(f"self-exit: {folder} has no {CONFIG_FILE}, so it is not a heads checkpoint") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or CONFIG_FILE
+        raise EarlyExitError(
+            f"self-exit: {path} is not a valid heads config ({where}: {first['msg']}); train the heads again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise EarlyExitError(f"self-exit: {path} cannot be read ({error}); copy or train the heads again") from error
+
+
+def load_heads(folder: Path) -> Heads:
+    """Read a heads checkpoint, checking every tensor's presence and shape.
+
+    Raises:
+        EarlyExitError: a file is missing, damaged, or does not fit the config.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise EarlyExitError(f"self-exit: {folder} has no {WEIGHTS_FILE}; copy the whole heads folder") from None
+    except (OSError, SafetensorError) as error:
+        raise EarlyExitError(f"self-exit: {path} is damaged ({error}); copy or train the heads again") from error
+    draft_vocab = tensors.pop("draft_vocab", None)
+    modules = {}
+    for exit_config in config.exits:
+        module = build_head(exit_config.kind, config.hidden_size, exit_config.intermediate_size)
+        prefix = f"exits.{exit_config.exit_layer}."
+        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        try:
+            module.load_state_dict({name: value.float() for name, value in state.items()})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise EarlyExitError(
+                f"self-exit: {path} does not fit its config ({reason}); copy or train the heads again"
+            ) from error
+        modules[exit_config.exit_layer] = module
+    expected = None if config.draft_vocab_size == config.vocab_size else (config.draft_vocab_size,)
+    found = None if draft_vocab is None else tuple(draft_vocab.shape)
+    if expected != found:
+        raise EarlyExitError(f"self-exit: {path} has a draft vocabulary of shape {found}, expected {expected}")
+    if draft_vocab is not None:
+        draft_vocab = draft_vocab.long()
+        if int(draft_vocab.min()) < 0 or int(draft_vocab.max()) >= config.vocab_size:
+            raise EarlyExitError(f"self-exit: {path} drafts tokens outside the model's vocabulary")
+    return Heads(config, modules, draft_vocab)
