@@ -1,0 +1,1 @@
+"""Early exits for vLLM."""

@@ -24,7 +24,9 @@ class Knobs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: Annotated[str | None, Field(description="heads: a folder or a Hub id")] = None
-    exit_layer: Annotated[int | None, Field(gt=0, description="layers to run before drafting from the exit head")] = None
+    exit_layer: Annotated[int | None, Field(gt=0, description="layers to run before drafting from the exit head")] = (
+        None
+    )
     num_speculative_tokens: Annotated[int | None, Field(gt=0, le=MAX_DRAFT_LENGTH, description="longest draft")] = None
     policy: Annotated[
         Literal["fixed", "entropy"] | None,
@@ -34,7 +36,8 @@ class Knobs(BaseModel):
         float | None, Field(gt=0, lt=1, description="entropy policy: calibrated accuracy of what is drafted")
     ] = None
     head: Annotated[
-        Literal["trained", "shared"], Field(description="'shared' is LayerSkip's: final norm and lm_head, no heads needed")
+        Literal["trained", "shared"],
+        Field(description="'shared' is LayerSkip's: final norm and lm_head, no heads needed"),
     ] = "trained"
 
 
@@ -61,7 +64,9 @@ class EarlyExitConfig:
         return asdict(self)
 
 
-def knobs_from(config: dict[str, Any] | None, method: str | None, model: str | None, tokens: int | None) -> Knobs | None:
+def knobs_from(
+    config: dict[str, Any] | None, method: str | None, model: str | None, tokens: int | None
+) -> Knobs | None:
     """Return the knobs if self-exit is asked for, None if something else is.
 
     Args:

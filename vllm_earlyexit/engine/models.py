@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.sequence import IntermediateTensors
 
@@ -48,11 +52,12 @@ class Segment:
         self._first, self._last = start == 0, end == len(inner.layers)
         stage = copy.copy(inner)
         stage.start_layer, stage.end_layer = start, end
-        stage.do_not_compile = True
+        if not inner.do_not_compile:
+            _give_own_graph(stage)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, name: stage}
         self.layer_names = [
-            module.layer_name
+            module.layer_name  # type: ignore[attr-defined]
             for layer in inner.layers[start:end]
             for module in layer.modules()
             if isinstance(module, AttentionLayerBase)
@@ -73,6 +78,36 @@ class Segment:
         """
         with pipeline_stage(first=self._first, last=self._last):
             return self._model.forward(input_ids, positions, intermediate, inputs_embeds)
+
+    def trace(self, vllm_config: VllmConfig, device: torch.device, num_tokens: int = 16) -> None:
+        """Compile the segment, if the model is compiled, by running it over dummy tokens without a KV cache.
+
+        vLLM traces a graph once and drops its guards: one traced with a single token would answer one row for any n.
+        """
+        positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        with set_forward_context(None, vllm_config, num_tokens=num_tokens):
+            self(torch.zeros(num_tokens, dtype=torch.int32, device=device), positions)
+
+
+def _give_own_graph(stage: Any) -> None:
+    """Make ``stage``, a shallow copy of a model that vLLM compiles, compile and cache a graph of its own.
+
+    vLLM's cache knows a graph by the forward's qualified name, so every layer range gets a forward of its own name.
+    """
+    base = type(stage)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    name = f"{base.__name__}Layers{stage.start_layer}To{stage.end_layer}"
+    forward.__qualname__ = f"{name}.forward"
+    stage.__class__ = type(name, (base,), {"forward": forward, "__module__": base.__module__})
+    stage.__dict__.pop("aot_compiled_fn", None)
+    stage.was_aot_compile_fn_loaded_from_disk = False
+    stage._compile_tag = f"layers_{stage.start_layer}_{stage.end_layer}"
+    with set_current_vllm_config(stage.vllm_config), set_model_tag(stage._compile_tag):
+        TorchCompileWithNoGuardsWrapper.__init__(stage)
 
 
 def decoder_stack(model: nn.Module) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from vllm_earlyexit.config import EarlyExitConfig
+from vllm_earlyexit.heads.uncertainty import entropy
 
 
 class Policy(Protocol):
@@ -35,12 +36,6 @@ class EntropyPolicy:
     def keep(self, logits: torch.Tensor) -> torch.Tensor:
         """Return whether the entropy is at most the threshold; logits that are not numbers stop the draft."""
         return entropy(logits) <= self.threshold
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats of each row of [n, vocab_size] logits, float32 [n]."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def build_policy(config: EarlyExitConfig) -> Policy:

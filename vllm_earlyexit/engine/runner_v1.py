@@ -23,6 +23,7 @@ class SelfExitProposer:
 
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
+        assert isinstance(vllm_config.additional_config, dict)
         self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
         self.max_model_len = vllm_config.model_config.max_model_len
 
@@ -30,6 +31,10 @@ class SelfExitProposer:
         """Take the loaded target model; drafting shares its weights."""
         self.drafter = SelfExitDrafter(target_model, self.config)
         logger.info("self-exit speculation with %s", self.config)
+
+    def warm_up(self, device: torch.device) -> None:
+        """Compile what drafting runs, while vLLM compiles and profiles the model."""
+        self.drafter.shallow.trace(self.vllm_config, device)
 
     def propose(self, runner: Any, sampled_token_ids: list[list[int]], longest: int) -> list[list[int]]:
         """Draft for every request of the batch that has just sampled.

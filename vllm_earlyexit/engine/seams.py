@@ -202,6 +202,15 @@ def _always_fits(original: Callable) -> Callable:
     return _input_fits_in_drafter
 
 
+def _warm_up_drafter(original: Callable) -> Callable:
+    def profile_run(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if uses_self_exit(self.speculative_config):
+            self.drafter.warm_up(self.device)
+
+    return profile_run
+
+
 @contextmanager
 def pipeline_stage(first: bool, last: bool) -> Iterator[None]:
     """Let vLLM's pipeline group answer as the first and/or last rank while a segment runs.
@@ -277,6 +286,15 @@ SEAMS = (
         upstream="A per-request limit in the runner would replace it.",
         expects=("self", "common_attn_metadata"),
         wrap=_always_fits,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run",
+        stage="engine",
+        why="The first segment is compiled on its own; vLLM warms up built-in drafters only.",
+        how="After vLLM's profile run, runs the segment once over dummy tokens.",
+        upstream="A warm-up hook for custom_class proposers would replace it.",
+        expects=("self", "randomize_inputs"),
+        wrap=_warm_up_drafter,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",

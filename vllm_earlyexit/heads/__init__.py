@@ -1,0 +1,1 @@
+"""Exit heads and their checkpoint, shared by training and serving."""

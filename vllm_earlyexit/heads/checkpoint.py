@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.modules import build_head
+from vllm_earlyexit.heads.modules import HeadKind, build_head
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -52,7 +52,7 @@ class ExitHeadConfig(_Part):
     """One exit: where it is, what its head is, how sure it may be trusted to be."""
 
     exit_layer: Annotated[int, Field(gt=0, description="layers run before the exit")]
-    kind: Literal["shared", "linear", "mlp"]
+    kind: HeadKind
     intermediate_size: Annotated[int, Field(ge=0, description="width of an mlp head; 0 otherwise")] = 0
     calibration: Calibration | None = None
 
@@ -149,7 +149,7 @@ def read_config(folder: Path) -> HeadsConfig:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise EarlyExitError(
-            f"self-exit: there is no heads folder {str(folder)!r}; train one with 'vllm-earlyexit train', or check the path"
+            f"self-exit: there is no heads folder {str(folder)!r}; check the path, or train with 'vllm-earlyexit train'"
         )
     try:
         return HeadsConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -1,10 +1,12 @@
 """Exit heads: small modules between the hidden state at a cut and the model's own final norm and lm_head."""
 
+from typing import Literal, assert_never
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-HEAD_KINDS = ("shared", "linear", "mlp")
+HeadKind = Literal["shared", "linear", "mlp"]
 
 
 class SharedHead(nn.Module):
@@ -48,7 +50,7 @@ class MLPHead(nn.Module):
         return hidden + self.down(F.silu(gate) * up)
 
 
-def build_head(kind: str, hidden_size: int, intermediate_size: int) -> nn.Module:
+def build_head(kind: HeadKind, hidden_size: int, intermediate_size: int) -> nn.Module:
     """Return an untrained head of ``kind``; ``intermediate_size`` matters to ``mlp`` alone."""
     match kind:
         case "shared":
@@ -57,4 +59,4 @@ def build_head(kind: str, hidden_size: int, intermediate_size: int) -> nn.Module
             return LinearHead(hidden_size)
         case "mlp":
             return MLPHead(hidden_size, intermediate_size)
-    raise ValueError(f"unknown head kind {kind!r}; kinds: {', '.join(HEAD_KINDS)}")
+    assert_never(kind)

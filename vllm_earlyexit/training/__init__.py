@@ -1,0 +1,1 @@
+"""Train and calibrate exit heads with transformers."""

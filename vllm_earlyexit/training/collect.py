@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -16,7 +17,6 @@ def collect_answers(
     num_prompts: int | None = None,
     max_tokens: int = 256,
     temperature: float = 0.7,
-    dtype: str = "bfloat16",
     max_num_seqs: int = 128,
     seed: int = 0,
 ) -> int:
@@ -33,7 +33,7 @@ def collect_answers(
     todo = [record for record in asked if record["id"] not in done]
     if not todo:
         return 0
-    llm = LLM(model=model, dtype=dtype, max_num_seqs=max_num_seqs, seed=seed, enforce_eager=True, max_model_len=2048)
+    llm = LLM(model=model, max_num_seqs=max_num_seqs, seed=seed, enforce_eager=True, max_model_len=2048)
     greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
     sampled = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=max_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def collect_answers(
     with out.open("a", encoding="utf-8") as sink:
         for start in track(range(0, len(todo), size), description="answering"):
             chunk = todo[start : start + size]
-            messages = [[{"role": "user", "content": record["turns"][0]}] for record in chunk]
+            messages: list[Any] = [[{"role": "user", "content": record["turns"][0]}] for record in chunk]
             params = [greedy if n % 2 == 0 else sampled for n in range(len(chunk))]
             for record, answer in zip(chunk, llm.chat(messages, params, use_tqdm=False), strict=True):
                 line = {"id": record["id"], "turns": [record["turns"][0], answer.outputs[0].text]}

@@ -27,11 +27,12 @@ class Window:
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Window:
     """Return one record as a single window; conversations go through the tokenizer's chat template."""
     if "text" in record:
-        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
-        return Window(ids, [True] * len(ids))
+        text = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+        return Window(text, [True] * len(text))
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(record["turns"])]
-    ids, scored = [], []
+    ids: list[int] = []
+    scored: list[bool] = []
     for n, message in enumerate(messages):
         answer = message["role"] == "assistant"
         upto = tokenizer.apply_chat_template(

