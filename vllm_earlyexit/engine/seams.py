@@ -119,13 +119,14 @@ def apply(stage: Stage) -> None:
         _register_architectures()
 
 
-def remove() -> None:
-    """Undo every applied seam (for tests)."""
+def remove(stage: Stage) -> None:
+    """Undo the seams of one stage in this process (for tests)."""
     for seam in SEAMS:
-        if seam.target in _originals:
+        if seam.stage == stage and seam.target in _originals:
             owner, name = seam.holder()
             setattr(owner, name, _originals.pop(seam.target))
-    os.environ.pop(ACTIVE_VARIABLE, None)
+    if stage == "engine":
+        os.environ.pop(ACTIVE_VARIABLE, None)
 
 
 def _register_architectures() -> None:

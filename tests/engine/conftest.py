@@ -1,0 +1,50 @@
+"""Drive vLLM in process: one engine at a time, always shut down."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@contextmanager
+def engine(model: Path, **arguments: Any) -> Iterator[Any]:
+    """An in-process vLLM engine, float32 and eager unless told otherwise; all its state is gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_earlyexit.engine import seams
+
+    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
+    llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        seams.remove("engine")
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def runner_of(llm: Any) -> Any:
+    """The V1 model runner inside an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def counters(llm: Any) -> dict[str, int]:
+    """vLLM's own speculation counters: drafts, draft_tokens, accepted_tokens."""
+    prefix = "vllm:spec_decode_num_"
+    return {
+        metric.name.removeprefix(prefix): int(metric.value)
+        for metric in llm.get_metrics()
+        if metric.name.startswith(prefix) and hasattr(metric, "value")
+    }
+
+
+@pytest.fixture(autouse=True)
+def _single_seeded() -> None:
+    torch.manual_seed(0)

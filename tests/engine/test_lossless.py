@@ -1,0 +1,121 @@
+"""Greedy outputs of self-exit vLLM are those of plain vLLM, token for token."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import counters, engine
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
+from vllm_earlyexit.heads.fingerprint import fingerprint
+from vllm_earlyexit.heads.modules import build_head
+
+MAX_TOKENS = 64
+NEAR_TIE = 1e-3
+EXCUSES = 1 / 50
+SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)]
+
+
+def answer(llm: Any, prompts: list[str], batch_size: int) -> list[list[int]]:
+    """Answer ``prompts`` greedily, at most ``batch_size`` at a time."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    outputs = []
+    for start in range(0, len(prompts), batch_size):
+        messages: list[Any] = [[{"role": "user", "content": p}] for p in prompts[start : start + batch_size]]
+        outputs += [list(o.outputs[0].token_ids) for o in llm.chat(messages, params, use_tqdm=False)]
+    return outputs
+
+
+@dataclass
+class Reference:
+    """Plain vLLM's answers by batch size, and transformers to judge near ties."""
+
+    folder: Path
+    prompts: list[str]
+    answers: dict[int, list[list[int]]]
+    _model: Any = field(default=None, repr=False)
+
+    def near_tie(self, prompt: str, left: list[int], right: list[int]) -> bool:
+        """Whether two answers part where the full model's two best logits are within NEAR_TIE."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if self._model is None:
+            self._model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        same = next(n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+        with torch.no_grad():
+            logits = self._model(torch.tensor([ids + left[:same]])).logits[0, -1]
+        best = logits.topk(2)
+        return {left[same], right[same]} == set(best.indices.tolist()) and float(-best.values.diff()) <= NEAR_TIE
+
+    def check(self, answers: list[list[int]], batch_size: int) -> None:
+        """Assert identity, excusing at most one prompt in fifty for a proven near tie."""
+        pairs = zip(self.prompts, self.answers[batch_size], answers, strict=True)
+        different = [(prompt, plain, ours) for prompt, plain, ours in pairs if plain != ours]
+        for prompt, plain, ours in different:
+            assert self.near_tie(prompt, plain, ours), f"not a near tie: {prompt[:60]!r}"
+        assert len(different) <= EXCUSES * len(answers) or len(different) == 1, f"{len(different)} near ties"
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: Path, prompts: list[str]) -> Reference:
+    assert len(prompts) >= 24
+    with engine(smollm2) as llm:
+        return Reference(smollm2, prompts, {size: answer(llm, prompts, size) for size in (1, 8)})
+
+
+@pytest.mark.parametrize(("policy", "length"), SETTINGS)
+def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: str, length: int):
+    setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": length}
+    with engine(smollm2, speculative_config=setting) as llm:
+        for batch_size in (8, 1):
+            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        counted = counters(llm)
+    assert counted["accepted_tokens"] > 0, "nothing was accepted, so nothing was shown"
+    assert counted["draft_tokens"] > counted["accepted_tokens"], "nothing was rejected, so nothing was shown"
+    if policy == "fixed" and length > 1:
+        assert counted["draft_tokens"] > 2 * counted["drafts"]
+
+
+def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):
+    setting = {"method": "self_exit", "num_speculative_tokens": 3}
+    chunks = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
+    with engine(smollm2, speculative_config=setting, **chunks) as llm:
+        plain.check(answer(llm, plain.prompts, 8), 8)
+        assert counters(llm)["accepted_tokens"] > 0
+
+
+@pytest.fixture
+def random_heads(tmp_path: Path, smollm2: Path) -> Path:
+    """Heads of random weights that turn the hidden state into noise."""
+    head = build_head("mlp", 576, 64)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=5.0)
+    exits = (ExitHeadConfig(exit_layer=4, kind="mlp", intermediate_size=64),)
+    config = HeadsConfig(
+        base_model="SmolLM2-135M-Instruct",
+        fingerprint=fingerprint(smollm2),
+        hidden_size=576,
+        num_layers=30,
+        vocab_size=49152,
+        draft_vocab_size=49152,
+        exits=exits,
+    )
+    Heads(config, {4: head}, None).save(tmp_path / "random")
+    return tmp_path / "random"
+
+
+def test_a_random_head_changes_nothing(smollm2: Path, plain: Reference, random_heads: Path):
+    setting = {"method": "self_exit", "model": str(random_heads), "num_speculative_tokens": 3}
+    with engine(smollm2, speculative_config=setting) as llm:
+        plain.check(answer(llm, plain.prompts, 8), 8)
+        counted = counters(llm)
+    assert counted["draft_tokens"] > 1000
+    assert counted["accepted_tokens"] < 0.01 * counted["draft_tokens"]

@@ -1,0 +1,39 @@
+"""Tiny random models that vLLM and transformers both load."""
+
+from pathlib import Path
+
+import torch
+
+
+def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, layers: int = 4, seed: int = 0) -> Path:
+    """Write a random model of 64 hidden units with head size 32.
+
+    Its weights are scaled up so that its distributions are far from uniform and its layers matter.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[architecture]
+    model = model_class(config_class(**sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.unit.helpers import make_heads, make_model
+from vllm_earlyexit.errors import EarlyExitError
+from vllm_earlyexit.heads.checkpoint import load_heads
+from vllm_earlyexit.heads.fingerprint import fingerprint
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    return make_heads(tmp_path / "heads", make_model(tmp_path / "model"))
+
+
+def test_heads_come_back_as_saved(heads: Path):
+    loaded = load_heads(heads)
+    again = heads.parent / "again"
+    loaded.save(again)
+    first, second = load_file(heads / "model.safetensors"), load_file(again / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert load_heads(again).config == loaded.config
+    assert loaded.draft_vocab is not None
+    assert loaded.draft_vocab.tolist() == [1, 2, 3, 30, 31]
+
+
+@pytest.mark.parametrize("kind", ["shared", "linear", "mlp"])
+def test_an_untrained_head_is_the_shared_head(tmp_path: Path, kind: str):
+    loaded = load_heads(make_heads(tmp_path / "heads", make_model(tmp_path / "model"), kind))  # type: ignore[arg-type]
+    hidden = torch.randn(3, 8)
+    assert torch.equal(loaded.modules[1](hidden), hidden)
+
+
+def test_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(EarlyExitError, match=r"no heads folder .*nowhere"):
+        load_heads(tmp_path / "nowhere")
+
+
+def test_a_folder_that_holds_no_heads_is_named(tmp_path: Path):
+    with pytest.raises(EarlyExitError, match=r"no config\.json"):
+        load_heads(tmp_path)
+
+
+def test_missing_weights_are_named(heads: Path):
+    (heads / "model.safetensors").unlink()
+    with pytest.raises(EarlyExitError, match=r"no model\.safetensors"):
+        load_heads(heads)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights_are_named(heads: Path, keep: int):
+    path = heads / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(EarlyExitError, match="damaged"):
+        load_heads(heads)
+
+
+def test_weights_of_another_shape_are_named(heads: Path):
+    path = heads / "model.safetensors"
+    tensors = load_file(path)
+    tensors["exits.1.down.weight"] = torch.zeros(3, 3)
+    save_file(tensors, path)
+    with pytest.raises(EarlyExitError, match=r"does not fit its config.*down\.weight"):
+        load_heads(heads)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("exits", []), ("draft_vocab_size", 999), ("fingerprint", "x"), ("num_layers", 2), ("surprise", 1)],
+)
+def test_a_config_that_makes_no_sense_is_refused(heads: Path, field: str, value: object):
+    path = heads / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(EarlyExitError, match="not a valid heads config"):
+        load_heads(heads)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=st.binary(max_size=200))
+def test_any_bytes_in_the_config_give_a_clear_error(heads: Path, config: bytes):
+    (heads / "config.json").write_bytes(config)
+    with pytest.raises(EarlyExitError):
+        load_heads(heads)
+
+
+def test_the_fingerprint_ignores_storage_types_and_tells_models_apart(tmp_path: Path):
+    model = make_model(tmp_path / "model")
+    before = fingerprint(model)
+    assert fingerprint(make_model(tmp_path / "other", seed=1)) != before
+    path = model / "model.safetensors"
+    save_file({name: value.to(torch.bfloat16) for name, value in load_file(path).items()}, path)
+    assert fingerprint(model) == before
+
+
+def test_a_model_without_safetensors_cannot_be_identified(tmp_path: Path):
+    model = make_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(EarlyExitError, match="no safetensors weights"):
+        fingerprint(model)

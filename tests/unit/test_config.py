@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.helpers import make_heads, make_model
+from vllm_earlyexit.config import EarlyExitConfig, Knobs, knobs_from, resolve
+from vllm_earlyexit.errors import EarlyExitError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def heads(tmp_path: Path, model: Path) -> Path:
+    return make_heads(tmp_path / "heads", model)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        ({"method": "self_exit"}, {}, Knobs()),
+        ({"method": "self-exit", "exit-layer": 3}, {}, Knobs(exit_layer=3)),
+        (None, {"model": "[self-exit]"}, Knobs()),
+        (None, {"model": "[self-exit]:some/heads", "tokens": 2}, Knobs(model="some/heads", num_speculative_tokens=2)),
+        ({"policy": "fixed"}, {"model": "[self-exit]:h"}, Knobs(model="h", policy="fixed")),
+        ({"model": "[self-exit]:h"}, {}, Knobs(model="h")),
+    ],
+)
+def test_every_spelling_asks_for_self_exit(config: dict | None, flags: dict, expected: Knobs):
+    arguments = {"method": None, "model": None, "tokens": None} | flags
+    assert knobs_from(config, **arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(None, None), ({"method": "ngram", "num_speculative_tokens": 3}, None), (None, "some/draft-model")],
+)
+def test_other_requests_are_not_ours(config: dict | None, model: str | None):
+    assert knobs_from(config, None, model, None) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"exit_layr": 3}, r"no knob 'exit_layr'; the knobs are method, model, exit_layer"),
+        ({"exit_layer": 0}, r"exit_layer=0 does not work: .*greater than 0"),
+        ({"num_speculative_tokens": 0}, r"num_speculative_tokens=0 does not work: .*greater than 0"),
+        ({"num_speculative_tokens": 65}, r"less than or equal to 64"),
+        ({"policy": "greedy"}, r"policy='greedy' does not work: .*'fixed' or 'entropy'"),
+        ({"target_accuracy": 1.5}, r"target_accuracy=1\.5"),
+        ({"head": "tail"}, r"head='tail'"),
+    ],
+)
+def test_a_bad_knob_is_named(config: dict, cause: str):
+    with pytest.raises(EarlyExitError, match=cause):
+        knobs_from({"method": "self_exit", **config}, None, None, None)
+
+
+def test_contradictions_are_named():
+    with pytest.raises(EarlyExitError, match="given twice"):
+        knobs_from({"method": "self_exit", "num_speculative_tokens": 3}, None, None, 4)
+    with pytest.raises(EarlyExitError, match="contradict"):
+        knobs_from({"method": "ngram"}, None, "[self-exit]", None)
+
+
+@given(st.dictionaries(st.text(max_size=12), st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans())))
+def test_any_knobs_are_taken_or_refused_in_words(config: dict):
+    try:
+        knobs_from(config | {"method": "self_exit"}, None, None, None)
+    except EarlyExitError as error:
+        assert str(error).startswith("self-exit: ")
+
+
+def test_open_knobs_come_from_the_recommendation(model: Path, heads: Path):
+    assert resolve(Knobs(model=str(heads)), str(model)) == EarlyExitConfig(
+        heads=str(heads), exit_layer=2, num_speculative_tokens=3, policy="entropy", entropy_threshold=1.5
+    )
+
+
+def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, heads: Path):
+    assert resolve(Knobs(model=str(heads), target_accuracy=0.8), str(model)).entropy_threshold == 0.5
+    with pytest.raises(EarlyExitError, match=r"no entropy threshold reaches target_accuracy 0\.99.*0\.7, 0\.9"):
+        resolve(Knobs(model=str(heads), target_accuracy=0.99), str(model))
+
+
+def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path):
+    heads = make_heads(tmp_path / "raw", model, calibrated=False)
+    config = resolve(Knobs(model=str(heads)), str(model))
+    assert (config.policy, config.exit_layer, config.entropy_threshold) == ("fixed", 1, None)
+    with pytest.raises(EarlyExitError, match="not calibrated"):
+        resolve(Knobs(model=str(heads), policy="entropy"), str(model))
+
+
+def test_heads_are_found_beside_the_model(model: Path):
+    beside = make_heads(model / "self_exit_heads", model)
+    assert resolve(Knobs(), str(model)).heads == str(beside)
+
+
+def test_heads_are_found_through_the_model_config(tmp_path: Path, model: Path):
+    make_heads(model / "my-heads", model)
+    config = model / "config.json"
+    config.write_text(config.read_text()[:-1] + ', "self_exit_heads": "my-heads"}')
+    assert resolve(Knobs(), str(model)).heads == str(model / "my-heads")
+
+
+def test_a_model_without_heads_says_how_to_get_them(model: Path):
+    with pytest.raises(EarlyExitError, match="no exit heads come with this model; train them"):
+        resolve(Knobs(), str(model))
+
+
+def test_heads_of_another_model_are_refused(tmp_path: Path, heads: Path):
+    other = make_model(tmp_path / "other", seed=1)
+    with pytest.raises(EarlyExitError, match="trained for 'tiny', not for"):
+        resolve(Knobs(model=str(heads)), str(other))
+
+
+@pytest.mark.parametrize("exit_layer", [4, 99])
+def test_an_exit_beyond_the_stack_is_refused(model: Path, heads: Path, exit_layer: int):
+    with pytest.raises(EarlyExitError, match="beyond the stack; this model has 4 layers, choose 1 to 3"):
+        resolve(Knobs(model=str(heads), exit_layer=exit_layer), str(model))
+
+
+def test_an_exit_without_a_head_is_refused(model: Path, heads: Path):
+    with pytest.raises(EarlyExitError, match="no exit after layer 3; set exit_layer to one of 1, 2"):
+        resolve(Knobs(model=str(heads), exit_layer=3), str(model))
+
+
+def test_the_shared_head_needs_an_exit_layer_and_nothing_else(model: Path):
+    config = resolve(Knobs(head="shared", exit_layer=2), str(model))
+    assert config == EarlyExitConfig(None, 2, 4, "fixed", None)
+    with pytest.raises(EarlyExitError, match="needs exit_layer"):
+        resolve(Knobs(head="shared"), str(model))
+    with pytest.raises(EarlyExitError, match="not calibrated"):
+        resolve(Knobs(head="shared", exit_layer=2, policy="entropy"), str(model))
+
+
+def test_a_model_that_does_not_exist_is_named(tmp_path: Path):
+    with pytest.raises(EarlyExitError, match="cannot be read"):
+        resolve(Knobs(exit_layer=1), str(tmp_path / "nothing"))

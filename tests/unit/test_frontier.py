@@ -1,0 +1,43 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_earlyexit.engine.frontier import Frontier
+
+
+def slow_drafts(limits: list[int], sure: list[list[bool]]) -> list[list[int]]:
+    """Draft one sequence after the other; the token drafted at depth d of sequence s is 100 * s + d."""
+    drafts = []
+    for sequence, limit in enumerate(limits):
+        draft: list[int] = []
+        while len(draft) < limit and sure[sequence][len(draft)]:
+            draft.append(100 * sequence + len(draft))
+        drafts.append(draft)
+    return drafts
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObject):
+    n = data.draw(st.integers(1, 6))
+    limits = data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))
+    sure = data.draw(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=n, max_size=n))
+    first = data.draw(st.lists(st.integers(0, 1000), min_size=n, max_size=n))
+
+    frontier = Frontier(torch.arange(n, dtype=torch.int32) + 7, torch.tensor(first), torch.tensor(limits))
+    while (step := frontier.step) is not None:
+        rows = step.rows.tolist()
+        depths = [position - first[row] for row, position in zip(rows, step.positions.tolist(), strict=True)]
+        for row, depth, token in zip(rows, depths, step.input_ids.tolist(), strict=True):
+            assert depth < limits[row], "a token past the reserved slots would be fed"
+            assert token == (row + 7 if depth == 0 else 100 * row + depth - 1), "each token is fed once, in order"
+        drafted = torch.tensor([100 * row + depth for row, depth in zip(rows, depths, strict=True)])
+        frontier.advance(drafted, torch.tensor([sure[row][depth] for row, depth in zip(rows, depths, strict=True)]))
+
+    assert frontier.drafts() == slow_drafts(limits, sure)
+
+
+def test_a_round_without_room_has_no_step():
+    frontier = Frontier(torch.tensor([5], dtype=torch.int32), torch.tensor([3]), torch.tensor([0]))
+    assert frontier.step is None
+    assert frontier.drafts() == [[]]
