@@ -8,7 +8,8 @@ import torch
 def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, layers: int = 4, seed: int = 0) -> Path:
     """Write a random model of 64 hidden units with head size 32.
 
-    Its weights are scaled up so that its distributions are far from uniform and its layers matter.
+    Its weights are scaled up so that its distributions are far from uniform, and its later layers add less than its
+    first, so that an early exit is often but not always right.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -35,5 +36,7 @@ def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, 
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.2)
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
+                parameter.mul_(0.25)
     model.save_pretrained(folder)
     return folder

@@ -212,6 +212,18 @@ def _warm_up_drafter(original: Callable) -> Callable:
     return profile_run
 
 
+def _expand_on_cpu(original: Callable) -> Callable:
+    def expand_batch_to_tokens(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+    return expand_batch_to_tokens
+
+
 @contextmanager
 def pipeline_stage(first: bool, last: bool) -> Iterator[None]:
     """Let vLLM's pipeline group answer as the first and/or last rank while a segment runs.
@@ -296,6 +308,16 @@ SEAMS = (
         upstream="A warm-up hook for custom_class proposers would replace it.",
         expects=("self", "randomize_inputs"),
         wrap=_warm_up_drafter,
+    ),
+    Seam(
+        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        stage="engine",
+        why="On CPUs vLLM 0.32 expands temperature, top-k and top-p into a temporary copy and returns uninitialised "
+        "memory, so every speculative method samples from a wrong distribution at temperatures above 0.",
+        how="Expands them with PyTorch on CPU tensors; vLLM's own function serves all other devices.",
+        upstream="vLLM issue 55005; unnecessary once its fix (pull request 55006, open in September 2026) is in.",
+        expects=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        wrap=_expand_on_cpu,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",

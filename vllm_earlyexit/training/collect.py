@@ -33,7 +33,7 @@ def collect_answers(
     todo = [record for record in asked if record["id"] not in done]
     if not todo:
         return 0
-    llm = LLM(model=model, max_num_seqs=max_num_seqs, seed=seed, enforce_eager=True, max_model_len=2048)
+    llm = LLM(model=model, max_num_seqs=max_num_seqs, seed=seed, enforce_eager=True)
     greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
     sampled = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=max_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
