@@ -58,7 +58,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the heads checkpoint.")],
     exit_layer: Annotated[list[int], typer.Option(help="Layers run before the exit; repeatable.")],
     kind: Annotated[HeadKind, typer.Option(help="Kind of head.")] = "mlp",
-    intermediate_size: Annotated[int, typer.Option(help="Width of an mlp head.")] = 1536,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the MLPs of mlp and tail heads.")] = 1536,
     draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that can be drafted; 0 for all.")] = 16384,
     epochs: int = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about so many scored tokens.")] = None,

@@ -1,22 +1,25 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.frontier import Frontier, Step
-from vllm_earlyexit.engine.models import Segment
+from vllm_earlyexit.engine.models import Segment, residual_stream
 from vllm_earlyexit.engine.policy import Policy, build_policy
+from vllm_earlyexit.engine.tail import PagedLastLayer
 from vllm_earlyexit.heads.checkpoint import load_heads
-from vllm_earlyexit.heads.modules import SharedHead
+from vllm_earlyexit.heads.modules import SharedHead, TailHead
 
-RunShallow = Callable[[Step], torch.Tensor]
-"""Feeds a step's tokens through the layers below the cut, writing their KV; returns hidden states [n, hidden_size]."""
+KVContext = Callable[[Step], AbstractContextManager[None]]
+"""A forward context in which the step's tokens read and write their sequences' KV in ``layer_names``."""
 
 
 class ExitHead:
@@ -31,13 +34,16 @@ class ExitHead:
     def __init__(self, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None):
         weight = model.lm_head.weight
         self._model = model
-        self._module = module.to(device=weight.device, dtype=model.lm_head.weight.dtype).requires_grad_(False)
+        self._module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
+        self._last = PagedLastLayer(model)
+        self.layer_names = self._last.layer_names if isinstance(module, TailHead) else []
         self._vocab = None if draft_vocab is None else draft_vocab.to(weight.device)
         self._rows = None if self._vocab is None else weight[self._vocab].contiguous()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits [n, draft_vocab_size] for hidden states at the cut, [n, hidden_size]."""
-        features = self._model.final_norm(self._module(hidden))
+    def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return logits [n, draft_vocab_size] for hidden states at the cut, [n, hidden_size], of tokens at [n]."""
+        self._last.positions = positions
+        features = self._model.final_norm(self._module(hidden, self._last))
         if self._rows is None:
             return self._model.compute_logits(features)
         return F.linear(features, self._rows)
@@ -64,9 +70,17 @@ class SelfExitDrafter:
             heads = load_heads(Path(config.heads))
             self._head = ExitHead(model, heads.modules[config.exit_layer], heads.draft_vocab)
 
-    def draft(self, frontier: Frontier, run_shallow: RunShallow) -> list[list[int]]:
+    @property
+    def layer_names(self) -> list[str]:
+        """The attention layers that a draft step runs."""
+        return self.shallow.layer_names + self._head.layer_names
+
+    def draft(self, frontier: Frontier, kv_context: KVContext) -> list[list[int]]:
         """Draft until every sequence has stopped; return the drafted tokens of each."""
         while (step := frontier.step) is not None:
-            logits = self._head.logits(run_shallow(step))
+            with kv_context(step):
+                at_cut = self.shallow(step.input_ids, step.positions)
+                assert isinstance(at_cut, IntermediateTensors)
+                logits = self._head.logits(residual_stream(at_cut), step.positions)
             frontier.advance(self._head.token_ids(logits.argmax(dim=-1)), self._policy.keep(logits))
         return frontier.drafts()

@@ -1,18 +1,18 @@
 """Model Runner V1: where the drafter meets vLLM's batch, block tables and attention metadata."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.drafter import SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier, Step
-from vllm_earlyexit.engine.models import residual_stream
 from vllm_earlyexit.engine.seams import CONFIG_KEY
 
 logger = init_logger("vllm.earlyexit")
@@ -64,7 +64,7 @@ class SelfExitProposer:
             torch.tensor(limits, dtype=torch.int64, device=device),
         )
         batch_rows = torch.tensor(rows, device=device)
-        drafted = self.drafter.draft(frontier, lambda step: self._run_shallow(runner, batch_rows, step))
+        drafted = self.drafter.draft(frontier, lambda step: self._kv_context(runner, batch_rows, step))
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts
@@ -79,8 +79,9 @@ class SelfExitProposer:
             wanted = min(wanted, request.sampling_params.max_tokens - len(request.output_token_ids))
         return max(0, min(longest, wanted - 1))
 
-    def _run_shallow(self, runner: Any, batch_rows: torch.Tensor, step: Step) -> torch.Tensor:
-        """Feed one token per sequence through the first segment, KV going to the target's own blocks."""
+    @contextmanager
+    def _kv_context(self, runner: Any, batch_rows: torch.Tensor, step: Step) -> Iterator[None]:
+        """A forward context of one token per sequence, KV going to the target's own blocks."""
         n = len(step.rows)
         rows, seq_lens = batch_rows[step.rows], (step.positions + 1).to(torch.int32)
         starts = torch.arange(n + 1, dtype=torch.int32)
@@ -89,7 +90,7 @@ class SelfExitProposer:
         slots: dict[str, torch.Tensor] = {}
         for group_id, attn_groups in enumerate(runner.attn_groups):
             names = {name for group in attn_groups for name in group.layer_names}
-            if names.isdisjoint(self.drafter.shallow.layer_names):
+            if names.isdisjoint(self.drafter.layer_names):
                 continue
             table = runner.input_batch.block_table[group_id]
             blocks = table.get_device_tensor(runner.input_batch.num_reqs)[rows]
@@ -112,9 +113,7 @@ class SelfExitProposer:
                 metadata |= dict.fromkeys(group.layer_names, built)
                 slots |= dict.fromkeys(group.layer_names, slot_mapping)
         with set_forward_context(metadata, self.vllm_config, num_tokens=n, slot_mapping=slots):
-            at_cut = self.drafter.shallow(step.input_ids, step.positions)
-        assert isinstance(at_cut, IntermediateTensors)
-        return residual_stream(at_cut)
+            yield
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

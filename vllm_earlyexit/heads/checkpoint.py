@@ -53,7 +53,8 @@ class ExitHeadConfig(_Part):
 
     exit_layer: Annotated[int, Field(gt=0, description="layers run before the exit")]
     kind: HeadKind
-    intermediate_size: Annotated[int, Field(ge=0, description="width of an mlp head; 0 otherwise")] = 0
+    intermediate_size: Annotated[int, Field(ge=0, description="width of the MLPs of mlp and tail heads")] = 0
+    query_size: Annotated[int, Field(ge=0, description="query heads times head size, for tail heads")] = 0
     calibration: Calibration | None = None
 
 
@@ -182,7 +183,7 @@ def load_heads(folder: Path) -> Heads:
     draft_vocab = tensors.pop("draft_vocab", None)
     modules = {}
     for exit_config in config.exits:
-        module = build_head(exit_config.kind, config.hidden_size, exit_config.intermediate_size)
+        module = build_head(exit_config.kind, config.hidden_size, exit_config.intermediate_size, exit_config.query_size)
         prefix = f"exits.{exit_config.exit_layer}."
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:

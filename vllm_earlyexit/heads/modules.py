@@ -1,12 +1,29 @@
 """Exit heads: small modules between the hidden state at a cut and the model's own final norm and lm_head."""
 
-from typing import Literal, assert_never
+from typing import Literal, Protocol, assert_never
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-HeadKind = Literal["shared", "linear", "mlp"]
+HeadKind = Literal["shared", "linear", "mlp", "tail"]
+
+
+class LastLayer(Protocol):
+    """The attention of the model's last decoder layer, as a ``tail`` head sees it.
+
+    Its keys and values are exact for verified tokens. For pending ones they are provisional: the last layer's own K/V
+    projection of what the head has made of them.
+    """
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the last layer's input norm to [..., hidden_size]."""
+
+    def attend(self, query: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Attend with queries [..., query_size]; ``normed`` [..., hidden_size] gives the provisional keys and values.
+
+        Positions are encoded here. Returns [..., query_size].
+        """
 
 
 class SharedHead(nn.Module):
@@ -15,8 +32,8 @@ class SharedHead(nn.Module):
     Elhoushi et al., LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding, ACL 2024.
     """
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return ``hidden`` unchanged, [num_tokens, hidden_size]."""
+    def forward(self, hidden: torch.Tensor, last: LastLayer | None = None) -> torch.Tensor:
+        """Return ``hidden`` unchanged, [..., hidden_size]."""
         return hidden
 
 
@@ -29,8 +46,8 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map [num_tokens, hidden_size] to features of the same shape."""
+    def forward(self, hidden: torch.Tensor, last: LastLayer | None = None) -> torch.Tensor:
+        """Map [..., hidden_size] to features of the same shape."""
         return hidden + self.proj(hidden)
 
 
@@ -44,14 +61,47 @@ class MLPHead(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map [num_tokens, hidden_size] to features of the same shape."""
+    def forward(self, hidden: torch.Tensor, last: LastLayer | None = None) -> torch.Tensor:
+        """Map [..., hidden_size] to features of the same shape."""
         gate, up = self.gate_up(self.norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(F.silu(gate) * up)
 
 
-def build_head(kind: HeadKind, hidden_size: int, intermediate_size: int) -> nn.Module:
-    """Return an untrained head of ``kind``; ``intermediate_size`` matters to ``mlp`` alone."""
+class TailHead(nn.Module):
+    """A bridge from the cut to the last layer, then a trained layer over the last layer's keys and values.
+
+    The last layer's KV holds what the full model has made of every verified token; the head needs neither a KV cache
+    nor a prefill of its own. Bridge, queries, output projection and MLP are trained, the last layer's norm and K/V
+    projection stay the model's.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, query_size: int):
+        super().__init__()
+        self.bridge = MLPHead(hidden_size, intermediate_size)
+        self.q_proj = nn.Linear(hidden_size, query_size)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+        self.mlp = MLPHead(hidden_size, intermediate_size)
+        nn.init.zeros_(self.q_proj.bias)
+        nn.init.zeros_(self.o_proj.weight)
+
+    def forward(self, hidden: torch.Tensor, last: LastLayer | None = None) -> torch.Tensor:
+        """Map [..., hidden_size] to features of the same shape."""
+        assert last is not None
+        hidden = self.bridge(hidden)
+        normed = last.norm(hidden)
+        hidden = hidden + self.o_proj(last.attend(self.q_proj(normed), normed))
+        return self.mlp(hidden)
+
+
+def build_head(kind: HeadKind, hidden_size: int, intermediate_size: int = 0, query_size: int = 0) -> nn.Module:
+    """Return an untrained head of ``kind``.
+
+    Args:
+        kind: Which head.
+        hidden_size: Of the model.
+        intermediate_size: Width of the MLPs of ``mlp`` and ``tail``.
+        query_size: Query heads times head size of the model's last layer, for ``tail``.
+    """
     match kind:
         case "shared":
             return SharedHead()
@@ -59,4 +109,6 @@ def build_head(kind: HeadKind, hidden_size: int, intermediate_size: int) -> nn.M
             return LinearHead(hidden_size)
         case "mlp":
             return MLPHead(hidden_size, intermediate_size)
+        case "tail":
+            return TailHead(hidden_size, intermediate_size, query_size)
     assert_never(kind)

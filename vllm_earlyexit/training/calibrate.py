@@ -21,6 +21,7 @@ from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.uncertainty import entropy
 from vllm_earlyexit.training.data import Window, batches, windows
 from vllm_earlyexit.training.teacher import Teacher
+from vllm_earlyexit.training.train import PENDING_DEPTHS
 
 ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DRAFT_LENGTHS = range(1, 9)
@@ -49,12 +50,12 @@ def observe(teacher: Teacher, heads: Heads, items: list[Window], batch_tokens: i
     layers = list(heads.modules)
     seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in layers}
     lengths: list[int] = []
-    for step in track(list(batches(items, batch_tokens, 0)), description="calibrating"):
-        observed = teacher.observe(step, layers)
+    for n, step in enumerate(track(list(batches(items, batch_tokens, 0)), description="calibrating")):
+        observed = teacher.observe(step, layers, pending=n % PENDING_DEPTHS)
         target = observed.logits.argmax(dim=-1)
         lengths += observed.rows
         for layer, module in heads.modules.items():
-            logits = teacher.unembed(module(observed.hidden[layer].float()), heads.draft_vocab)
+            logits = teacher.unembed(observed.features(layer, module), heads.draft_vocab)
             choice = logits.argmax(dim=-1)
             choice = choice if heads.draft_vocab is None else heads.draft_vocab[choice]
             seen[layer].append((entropy(logits), choice == target))
@@ -132,7 +133,10 @@ def draft_cost(config: HeadsConfig, exit_layer: int, layer_size: int) -> float:
         layer_size: Parameters of one decoder layer.
     """
     exit_config = config.exit(exit_layer)
-    head = {"shared": 0, "linear": config.hidden_size, "mlp": 3 * exit_config.intermediate_size}[exit_config.kind]
+    mlp = 3 * exit_config.intermediate_size
+    head = {"shared": 0, "linear": config.hidden_size, "mlp": mlp, "tail": 2 * mlp + 3 * exit_config.query_size}[
+        exit_config.kind
+    ]
     shallow = exit_layer * layer_size + config.hidden_size * (head + config.draft_vocab_size)
     return shallow / (config.num_layers * layer_size + config.hidden_size * config.vocab_size)
 

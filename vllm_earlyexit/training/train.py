@@ -14,9 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
-from vllm_earlyexit.heads.modules import HeadKind, build_head
+from vllm_earlyexit.heads.modules import HeadKind, TailHead, build_head
 from vllm_earlyexit.training.data import Window, batches, split, windows
 from vllm_earlyexit.training.teacher import Teacher
+
+PENDING_DEPTHS = 4
+"""Tail heads are trained and calibrated with 0 to 3 pending tokens before each token, batch by batch in turn."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class TrainingOptions:
     intermediate_size: int = 1536
     draft_vocab_size: int = 16384
     epochs: int = 1
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     window: int = 512
     learning_rate: float = 1e-3
     warmup: float = 0.03
@@ -131,9 +134,7 @@ def train_heads(
     if not train:
         raise EarlyExitError(f"no text to train on in {', '.join(map(str, data))}")
     draft_vocab = frequent_tokens(train, options.draft_vocab_size, teacher.vocab_size)
-    modules = {
-        layer: build_head(options.kind, teacher.hidden_size, options.intermediate_size).to(device) for layer in layers
-    }
+    modules = {layer: _start_head(teacher, options).to(device) for layer in layers}
     parameters = [p for module in modules.values() for p in module.parameters()]
     steps = [b for epoch in range(options.epochs) for b in batches(train, options.batch_tokens, options.seed + epoch)]
     if max_tokens is not None:
@@ -141,7 +142,6 @@ def train_heads(
     trained = sum(sum(w.scored) for step in steps for w in step)
     if parameters:
         _fit(teacher, modules, draft_vocab, steps, options)
-    intermediate = options.intermediate_size if options.kind == "mlp" else 0
     heads = Heads(
         HeadsConfig(
             base_model=name or Path(model).name,
@@ -151,7 +151,13 @@ def train_heads(
             vocab_size=teacher.vocab_size,
             draft_vocab_size=teacher.vocab_size if draft_vocab is None else len(draft_vocab),
             exits=tuple(
-                ExitHeadConfig(exit_layer=layer, kind=options.kind, intermediate_size=intermediate) for layer in layers
+                ExitHeadConfig(
+                    exit_layer=layer,
+                    kind=options.kind,
+                    intermediate_size=options.intermediate_size if options.kind in ("mlp", "tail") else 0,
+                    query_size=teacher.query_size if options.kind == "tail" else 0,
+                )
+                for layer in layers
             ),
             provenance={
                 "trained": date.today().isoformat(),
@@ -167,6 +173,13 @@ def train_heads(
     )
     heads.save(out)
     return heads
+
+
+def _start_head(teacher: Teacher, options: TrainingOptions) -> torch.nn.Module:
+    head = build_head(options.kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
+    if isinstance(head, TailHead):
+        teacher.start_as_last_layer(head)
+    return head
 
 
 def _until(steps: list[list[Window]], max_tokens: int) -> list[list[Window]]:
@@ -202,13 +215,13 @@ def _fit(
     smooth = dict.fromkeys(modules, math.nan)
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(steps), losses="")
-        for step in steps:
-            seen = teacher.observe(step, list(modules))
+        for n, step in enumerate(steps):
+            seen = teacher.observe(step, list(modules), pending=n % PENDING_DEPTHS)
             target = draft_target(seen.logits, draft_vocab)
             loss = torch.zeros((), device=teacher.device)
             for layer, module in modules.items():
                 with torch.autocast(teacher.device, torch.bfloat16):
-                    logits = teacher.unembed(module(seen.hidden[layer].float()), draft_vocab)
+                    logits = teacher.unembed(seen.features(layer, module), draft_vocab)
                 part = distillation_loss(logits, target)
                 loss = loss + part
                 value = part.item()
@@ -220,6 +233,8 @@ def _fit(
             schedule.step()
             losses = "KL " + ", ".join(f"layer {layer}: {value:.3f}" for layer, value in smooth.items())
             progress.update(bar, advance=1, losses=losses)
+            if not progress.console.is_terminal and n % 50 == 49:
+                progress.console.print(f"step {n + 1} of {len(steps)}: {losses}")
 
 
 @torch.no_grad()
@@ -232,12 +247,12 @@ def agreement(
 ) -> dict[str, float]:
     """Return for each exit layer the share of held-out tokens on which head and full model choose alike."""
     hits, tokens = dict.fromkeys(modules, 0), 0
-    for step in batches(held_out, batch_tokens, 0):
-        seen = teacher.observe(step, list(modules))
+    for n, step in enumerate(batches(held_out, batch_tokens, 0)):
+        seen = teacher.observe(step, list(modules), pending=n % PENDING_DEPTHS)
         target = seen.logits.argmax(dim=-1)
         tokens += len(target)
         for layer, module in modules.items():
-            choice = teacher.unembed(module(seen.hidden[layer].float()), draft_vocab).argmax(dim=-1)
+            choice = teacher.unembed(seen.features(layer, module), draft_vocab).argmax(dim=-1)
             choice = choice if draft_vocab is None else draft_vocab[choice]
             hits[layer] += int((choice == target).sum())
     return {str(layer): round(hits[layer] / tokens, 4) for layer in modules}
