@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import counters, engine
-from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
-from vllm_earlyexit.heads.fingerprint import fingerprint
-from vllm_earlyexit.heads.modules import build_head
+from tests.engine.heads import random_heads
+from vllm_earlyexit.heads.modules import HeadKind
 
 MAX_TOKENS = 64
 NEAR_TIE = 1e-3
@@ -92,28 +91,10 @@ def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Referenc
         assert counters(llm)["accepted_tokens"] > 0
 
 
-@pytest.fixture
-def random_heads(tmp_path: Path, smollm2: Path) -> Path:
-    """Heads of random weights that turn the hidden state into noise."""
-    head = build_head("mlp", 576, 64)
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=5.0)
-    exits = (ExitHeadConfig(exit_layer=4, kind="mlp", intermediate_size=64),)
-    config = HeadsConfig(
-        base_model="SmolLM2-135M-Instruct",
-        fingerprint=fingerprint(smollm2),
-        hidden_size=576,
-        num_layers=30,
-        vocab_size=49152,
-        draft_vocab_size=49152,
-        exits=exits,
-    )
-    Heads(config, {4: head}, None).save(tmp_path / "random")
-    return tmp_path / "random"
-
-
-def test_a_random_head_changes_nothing(smollm2: Path, plain: Reference, random_heads: Path):
-    setting = {"method": "self_exit", "model": str(random_heads), "num_speculative_tokens": 3}
+@pytest.mark.parametrize("kind", ["mlp", "tail"])
+def test_a_random_head_changes_nothing(smollm2: Path, plain: Reference, tmp_path: Path, kind: HeadKind):
+    heads = random_heads(tmp_path / "heads", smollm2, kind, exit_layer=4, std=5.0)
+    setting = {"method": "self_exit", "model": str(heads), "num_speculative_tokens": 3}
     with engine(smollm2, speculative_config=setting) as llm:
         plain.check(answer(llm, plain.prompts, 8), 8)
         counted = counters(llm)

@@ -1,0 +1,76 @@
+"""The engine computes with an exit head what training computed: same logits at every draft position."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import engine, runner_of
+from tests.engine.heads import random_heads
+from tests.engine.tiny import tiny_model
+from vllm_earlyexit.heads.checkpoint import load_heads
+from vllm_earlyexit.heads.modules import HeadKind
+from vllm_earlyexit.training.data import Window
+from vllm_earlyexit.training.teacher import Teacher
+
+EXIT_LAYER = 2
+PROMPT = [3, 17, 5, 40, 22, 9, 31, 8]
+
+
+class Tokenizerless(Teacher):
+    """A teacher for models without a tokenizer."""
+
+    def __init__(self, folder: Path):
+        from unittest.mock import patch
+
+        with patch("transformers.AutoTokenizer.from_pretrained") as tokenizer:
+            tokenizer.return_value.pad_token_id = 0
+            super().__init__(folder, torch.float32, "cpu")
+
+
+def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch.Tensor]]:
+    """Return, for every draft step of a run, the tokens so far, how many were pending before, and the logits."""
+    from vllm import SamplingParams
+
+    seen: list[tuple[list[int], int, torch.Tensor]] = []
+    setting = {"method": "self_exit", "model": str(heads), "num_speculative_tokens": 3}
+    with engine(model, skip_tokenizer_init=True, speculative_config=setting) as llm:
+        runner = runner_of(llm)
+        drafter, propose = runner.drafter.drafter, runner.drafter.propose
+        inner = drafter._head.logits
+        sequence: list[int] = []
+        verified = 0
+
+        def watch_round(*arguments: Any) -> list[list[int]]:
+            nonlocal sequence, verified
+            verified = int(runner.input_batch.num_tokens_no_spec[0])
+            sequence = runner.input_batch.token_ids_cpu[0, :verified].tolist()
+            return propose(*arguments)
+
+        def watch_step(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            logits = inner(hidden, positions)
+            seen.append((list(sequence), len(sequence) - verified, logits[0].clone()))
+            sequence.append(int(logits[0].argmax()))
+            return logits
+
+        runner.drafter.propose, drafter._head.logits = watch_round, watch_step
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+        prompts: list[Any] = [{"prompt_token_ids": PROMPT}]
+        llm.generate(prompts, params, use_tqdm=False)
+    return seen
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "tail"), ("qwen2", "tail"), ("llama", "mlp")])
+@torch.no_grad()
+def test_drafting_computes_what_training_computed(tmp_path: Path, architecture: str, kind: HeadKind):
+    model = tiny_model(tmp_path / "model", architecture)
+    heads = random_heads(tmp_path / "heads", model, kind, EXIT_LAYER, std=0.15)
+    teacher, module = Tokenizerless(model), load_heads(heads).modules[EXIT_LAYER]
+    steps = drafted_logits(model, heads)
+    assert {pending for _, pending, _ in steps} == {0, 1, 2}
+    for tokens, pending, logits in steps:
+        observed = teacher.observe([Window(tokens, [True] * len(tokens))], [EXIT_LAYER], pending=pending)
+        expected = teacher.unembed(observed.features(EXIT_LAYER, module), None)[-1]
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+        assert expected.std() > 0.3
