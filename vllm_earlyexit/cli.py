@@ -57,7 +57,7 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the heads checkpoint.")],
     exit_layer: Annotated[list[int], typer.Option(help="Layers run before the exit; repeatable.")],
-    kind: Annotated[HeadKind, typer.Option(help="Kind of head.")] = "mlp",
+    kind: Annotated[HeadKind, typer.Option(help="Kind of head.")] = "tail",
     intermediate_size: Annotated[int, typer.Option(help="Width of the MLPs of mlp and tail heads.")] = 1536,
     draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that can be drafted; 0 for all.")] = 16384,
     epochs: int = 1,

@@ -79,21 +79,23 @@ def knobs_from(
         EarlyExitError: a knob is unknown, out of range, or given twice.
     """
     asked = {key.replace("-", "_"): value for key, value in (config or {}).items()}
-    for key, value in (("method", method), ("model", model), ("num_speculative_tokens", tokens)):
-        if value is not None and asked.get(key, value) != value:
-            raise EarlyExitError(f"self-exit: {key} is given twice, as {asked[key]!r} and {value!r}; give it once")
-        if value is not None:
-            asked[key] = value
-    spelled = str(asked.get("model") or "").startswith(SPELLING)
-    if not spelled and str(asked.get("method", "")).replace("-", "_") != METHOD:
+    flags = {"method": method, "model": model, "num_speculative_tokens": tokens}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    twice = [key for key, value in flags.items() if asked.get(key, value) != value]
+    merged = asked | flags
+    spelled = str(merged.get("model") or "").startswith(SPELLING)
+    chosen = str(merged.pop("method", METHOD if spelled else None)).replace("-", "_")
+    if not spelled and chosen != METHOD:
         return None
-    chosen = str(asked.pop("method", METHOD)).replace("-", "_")
+    if twice:
+        key = twice[0]
+        raise EarlyExitError(f"self-exit: {key} is given twice, as {asked[key]!r} and {flags[key]!r}; give it once")
     if chosen != METHOD:
         raise EarlyExitError(f"self-exit: model {SPELLING!r} and method {chosen!r} contradict each other; drop one")
     if spelled:
-        asked["model"] = str(asked["model"]).removeprefix(SPELLING).removeprefix(":") or None
+        merged["model"] = str(merged["model"]).removeprefix(SPELLING).removeprefix(":") or None
     try:
-        return Knobs.model_validate({key: value for key, value in asked.items() if value is not None})
+        return Knobs.model_validate({key: value for key, value in merged.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][0]

@@ -44,6 +44,10 @@ def test_other_requests_are_not_ours(config: dict | None, model: str | None):
     assert knobs_from(config, None, model, None) is None
 
 
+def test_contradictions_of_other_methods_are_left_to_vllm():
+    assert knobs_from({"method": "ngram", "num_speculative_tokens": 3}, None, None, 4) is None
+
+
 @pytest.mark.parametrize(
     ("config", "cause"),
     [

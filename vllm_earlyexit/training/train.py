@@ -26,7 +26,7 @@ PENDING_DEPTHS = 4
 class TrainingOptions:
     """Knobs of one training run; the defaults train SmolLM2-135M's heads."""
 
-    kind: HeadKind = "mlp"
+    kind: HeadKind = "tail"
     intermediate_size: int = 1536
     draft_vocab_size: int = 16384
     epochs: int = 1
