@@ -36,6 +36,8 @@ class Reference:
     folder: Path
     prompts: list[str]
     answers: dict[int, list[list[int]]]
+    compared: int = 0
+    excused: int = 0
     _model: Any = field(default=None, repr=False)
 
     def near_tie(self, prompt: str, left: list[int], right: list[int]) -> bool:
@@ -55,12 +57,13 @@ class Reference:
         return {left[same], right[same]} == set(best.indices.tolist()) and float(-best.values.diff()) <= NEAR_TIE
 
     def check(self, answers: list[list[int]], batch_size: int) -> None:
-        """Assert identity, excusing at most one prompt in fifty for a proven near tie."""
+        """Assert identity but for proven near ties, which are counted."""
         pairs = zip(self.prompts, self.answers[batch_size], answers, strict=True)
         different = [(prompt, plain, ours) for prompt, plain, ours in pairs if plain != ours]
         for prompt, plain, ours in different:
             assert self.near_tie(prompt, plain, ours), f"not a near tie: {prompt[:60]!r}"
-        assert len(different) <= EXCUSES * len(answers) or len(different) == 1, f"{len(different)} near ties"
+        self.compared += len(answers)
+        self.excused += len(different)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +103,9 @@ def test_a_random_head_changes_nothing(smollm2: Path, plain: Reference, tmp_path
         counted = counters(llm)
     assert counted["draft_tokens"] > 1000
     assert counted["accepted_tokens"] < 0.01 * counted["draft_tokens"]
+
+
+def test_near_ties_are_rare(plain: Reference):
+    """Over all runs above, at most one prompt in fifty needed the excuse of a near tie."""
+    assert plain.compared > 0
+    assert plain.excused <= EXCUSES * plain.compared, f"{plain.excused} of {plain.compared}"
