@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from tests.engine.conftest import counters, engine
 from tests.engine.tiny import tiny_model
 
-VOCAB, LENGTH, SAMPLES = 6, 4, 40_000
+VOCAB, LENGTH, SAMPLES = 6, 4, 25_000
 PROMPT = [1, 2, 3]
 FALSE_ALARM = 1e-7
 """Probability that a correct sampler fails the test, by the chi-squared limit of Pearson's statistic."""

@@ -31,14 +31,14 @@ def run(*arguments: str | Path) -> str:
 def test_heads_learn_the_text_they_are_trained_on(smollm2: Path, data: Path, tmp_path: Path, kind: str):
     common = ("--data", data, "--exit-layer", "15", "--draft-vocab-size", "2048")
     run("train", smollm2, *common, "--out", tmp_path / "before", "--kind", "shared")
-    run("train", smollm2, *common, "--out", tmp_path / "after", "--kind", kind, "--epochs", "12")
+    run("train", smollm2, *common, "--out", tmp_path / "after", "--kind", kind, "--epochs", "8")
     for name in ("before", "after"):
         run("calibrate", smollm2, tmp_path / name, "--data", data)
     before, after = (read_config(tmp_path / name).exits[0].calibration for name in ("before", "after"))
     assert before is not None
     assert after is not None
     assert after.agreement > before.agreement + 0.15
-    assert read_config(tmp_path / "after").provenance["scored_tokens"] > 20_000
+    assert read_config(tmp_path / "after").provenance["scored_tokens"] > 12_000
 
 
 def test_an_exit_beyond_the_model_is_one_sentence(smollm2: Path, data: Path, tmp_path: Path):
