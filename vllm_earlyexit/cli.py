@@ -116,8 +116,7 @@ def doctor(
 
     if add_alias and doctoring.alias_missing():
         console.print(f"written: {doctoring.add_alias()}", soft_wrap=True)
-    examine = doctoring.examine
-    findings = examine()
+    findings = doctoring.examine()
     table = Table("target", "applied", "why", "state", title="changes to vLLM")
     for row in findings.seams:
         table.add_row(row.target, row.when, row.why, row.problem or "as expected")

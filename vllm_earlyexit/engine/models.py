@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,12 +56,7 @@ class Segment:
             _give_own_graph(stage)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, name: stage}
-        self.layer_names = [
-            module.layer_name  # type: ignore[attr-defined]
-            for layer in inner.layers[start:end]
-            for module in layer.modules()
-            if isinstance(module, AttentionLayerBase)
-        ]
+        self.layer_names = attention_names(inner.layers[start:end])
 
     def __call__(
         self,
@@ -116,6 +111,16 @@ def decoder_stack(model: nn.Module) -> tuple[str, Any]:
         if hasattr(child, "start_layer") and hasattr(child, "layers"):
             return name, child
     raise EarlyExitError(f"self-exit: {type(model).__name__} has no layer range to cut; it is not a pipeline model")
+
+
+def attention_names(layers: Iterable[nn.Module]) -> list[str]:
+    """Return the names by which vLLM's forward context knows the attention modules of ``layers``."""
+    return [
+        str(module.layer_name)
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, AttentionLayerBase)
+    ]
 
 
 def residual_stream(at_cut: IntermediateTensors) -> torch.Tensor:

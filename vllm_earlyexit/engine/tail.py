@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_earlyexit.engine.models import decoder_stack
+from vllm_earlyexit.engine.models import attention_names, decoder_stack
 
 
 class PagedLastLayer:
@@ -18,11 +17,7 @@ class PagedLastLayer:
     def __init__(self, model: Any):
         layer = decoder_stack(model)[1].layers[-1]
         self._norm, self._attention = layer.input_layernorm, layer.self_attn
-        self.layer_names = [
-            module.layer_name  # type: ignore[attr-defined]
-            for module in layer.modules()
-            if isinstance(module, AttentionLayerBase)
-        ]
+        self.layer_names = attention_names([layer])
         self.positions = torch.empty(0, dtype=torch.int64)
         """Positions of the tokens that are about to be drafted from, int64 [n]."""
 
