@@ -1,23 +1,25 @@
-"""The command line: vllm-earlyexit collect | train | calibrate | doctor | demo."""
+"""The command line: vllm-earlyexit collect | train | calibrate | report | doctor | demo."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.checkpoint import HeadsConfig
+from vllm_earlyexit.heads.checkpoint import HeadsConfig, LossName, Storage
 from vllm_earlyexit.heads.modules import HeadKind
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Early exits for vLLM.")
 console = Console()
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
-Data = Annotated[list[Path], typer.Option("--data", exists=True, help="JSON lines with text or turns; repeatable.")]
+KINDS = get_args(HeadKind)
+HeadsFolder = Annotated[Path, typer.Argument(help="Heads checkpoint.")]
+RecordsFolders = Annotated[list[Path], typer.Option("--records", help="Folder written by collect; repeatable.")]
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,70 +40,138 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 @one_sentence
 def collect(
     model: Model,
-    prompts: Annotated[Path, typer.Option(exists=True, help="JSON lines with id and turns.")],
-    out: Annotated[Path, typer.Option(help="JSON-lines file to append to.")],
-    num_prompts: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    out: Annotated[Path, typer.Option(help="Records folder, new or to go on with.")],
+    exit_layer: Annotated[list[int], typer.Option(help="Layers run before a possible exit; repeatable.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines with id and turns, for the model to answer; repeatable.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines with id and text, or turns with answers; repeatable.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Use only the first so many of each file.")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 384,
+    sampled: Annotated[float, typer.Option(help="Share of the prompts that are not answered greedily.")] = 0.25,
+    max_tokens: Annotated[int | None, typer.Option(help="Record about so many tokens in this run.")] = None,
+    window: Annotated[int, typer.Option(help="Longest stretch of a document run at once.")] = 512,
+    top_k: Annotated[int, typer.Option(help="Target probabilities kept for each token.")] = 32,
+    name: Annotated[str | None, typer.Option(help="Name of the base model to record.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or transformers for --data alone.")] = "vllm",
+    device: Annotated[str, typer.Option(help="For transformers.")] = "cpu",
+    seed: int = 0,
 ) -> None:
-    """Let the model answer prompts through vLLM, as training data for its heads. A stopped run continues."""
-    from vllm_earlyexit.training.collect import collect_answers
+    """Let the model answer prompts and record what it computes. A stopped run goes on where it stopped."""
+    from vllm_earlyexit.training.collect import CollectOptions, collect_records
 
-    written = collect_answers(model, prompts, out, num_prompts=num_prompts, max_tokens=max_tokens)
-    console.print(f"{written} answers added to {out}")
+    options = CollectOptions(
+        window=window,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        answer_tokens=answer_tokens,
+        sampled=sampled,
+        num_prompts=num_prompts,
+        seed=seed,
+    )
+    done = collect_records(
+        model, out, exit_layer, prompts or [], data or [], options, name=name, engine=engine, device=device
+    )
+    console.print(f"{done.answers} answers and {done.tokens} recorded tokens added to {out}")
 
 
 @app.command()
 @one_sentence
 def train(
     model: Model,
-    data: Data,
+    records: RecordsFolders,
     out: Annotated[Path, typer.Option(help="Folder of the heads checkpoint.")],
-    exit_layer: Annotated[list[int], typer.Option(help="Layers run before the exit; repeatable.")],
-    kind: Annotated[HeadKind, typer.Option(help="Kind of head.")] = "tail",
-    intermediate_size: Annotated[int, typer.Option(help="Width of the MLPs of mlp and tail heads.")] = 1536,
+    exit_layer: Annotated[
+        list[int] | None, typer.Option(help="Layers run before the exit; repeatable. By default all recorded.")
+    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help=f"Kind of head: {', '.join(KINDS)}; repeatable.")] = None,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the heads' MLPs.")] = 1536,
     draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that can be drafted; 0 for all.")] = 16384,
+    loss: Annotated[LossName, typer.Option(help="Distillation loss.")] = "kl",
+    top_k: Annotated[int | None, typer.Option(help="Use so many of the recorded target probabilities.")] = None,
     epochs: int = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about so many scored tokens.")] = None,
-    learning_rate: float = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    learning_rate: float = 2e-3,
+    patience: Annotated[int, typer.Option(help="Stop after so many measurements without improvement.")] = 3,
+    held_out: Annotated[float, typer.Option(help="Share of the documents never trained on.")] = 0.03,
+    deep_keys: Annotated[bool, typer.Option(help="Off for ablation: hide the last layer's keys and values.")] = True,
+    deterministic: Annotated[bool, typer.Option(help="Use only deterministic algorithms.")] = False,
+    storage: Annotated[Storage, typer.Option(help="How weights are stored.")] = "bfloat16",
     seed: int = 0,
-    name: Annotated[str | None, typer.Option(help="Name of the base model to record.")] = None,
     device: str = "cpu",
 ) -> None:
-    """Train exit heads by distillation from the frozen model."""
+    """Train exit heads by distillation from the recorded model. A stopped run goes on where it stopped."""
     from vllm_earlyexit.training.train import TrainingOptions, train_heads
 
+    if unknown := set(kind or ()) - set(KINDS):
+        raise EarlyExitError(f"there is no kind of head {unknown.pop()!r}; choose among {', '.join(KINDS)}")
     options = TrainingOptions(
-        kind=kind,
+        kinds=cast(tuple[HeadKind, ...], tuple(kind or ["recurrent"])),
         intermediate_size=intermediate_size,
         draft_vocab_size=draft_vocab_size,
+        loss=loss,
+        top_k=top_k,
         epochs=epochs,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
         learning_rate=learning_rate,
+        patience=patience,
+        held_out=held_out,
+        deep_keys=deep_keys,
+        deterministic=deterministic,
+        storage=storage,
         seed=seed,
     )
-    heads = train_heads(model, data, out, exit_layer, options, name=name, device=device, max_tokens=max_tokens)
-    console.print(f"heads in {out}, held-out agreement {heads.config.provenance['held_out_agreement']}")
+    written = train_heads(model, records, out, exit_layer or [], options, device=device)
+    for name, heads in written.items():
+        console.print(f"{name} heads in {out}, held-out agreement per draft position:")
+        for layer, agreed in heads.config.provenance["held_out_agreement"].items():
+            console.print(f"  layer {layer}: " + ", ".join(f"{value:.1%}" for value in agreed))
 
 
 @app.command()
 @one_sentence
-def calibrate(model: Model, heads: Annotated[Path, typer.Argument(help="Heads checkpoint.")], data: Data) -> None:
-    """Measure heads on text they were not trained on; write thresholds and the best setting into the checkpoint."""
+def calibrate(
+    model: Model,
+    heads: HeadsFolder,
+    records: RecordsFolders,
+    every_document: Annotated[bool, typer.Option(help="The heads were not trained on these records at all.")] = False,
+    device: str = "cpu",
+) -> None:
+    """Measure heads on documents they were not trained on; write thresholds, maps and the best setting."""
     from vllm_earlyexit.training.calibrate import calibrate_heads
 
-    _print_calibration(calibrate_heads(model, heads, data))
+    _print_calibration(calibrate_heads(model, heads, records, every_document=every_document, device=device))
 
 
 def _print_calibration(config: HeadsConfig) -> None:
     table = Table(title="entropy threshold in nats (share of tokens below it)")
     table.add_column("exit layer", justify="right")
     table.add_column("agreement", justify="right")
+    table.add_column("calibration error", justify="right")
     table.add_column("target accuracy: threshold")
     for exit_config in config.exits:
-        if exit_config.calibration:
-            cells = (f"{t.accuracy:g}: {t.entropy:.3f} ({t.coverage:.0%})" for t in exit_config.calibration.thresholds)
-            table.add_row(str(exit_config.exit_layer), f"{exit_config.calibration.agreement:.1%}", "  ".join(cells))
+        if calibration := exit_config.calibration:
+            cells = (f"{t.accuracy:g}: {t.entropy:.3f} ({t.coverage:.0%})" for t in calibration.thresholds)
+            error = f"{calibration.positions[0].expected_calibration_error:.3f}"
+            table.add_row(str(exit_config.exit_layer), f"{calibration.agreement:.1%}", error, "  ".join(cells))
     console.print(table)
     console.print(f"recommended: {config.recommended}")
+
+
+@app.command()
+@one_sentence
+def report(
+    heads: HeadsFolder,
+    note: Annotated[str, typer.Option(help="What else a user should know of the training data.")] = "",
+) -> None:
+    """Write one page about a heads checkpoint, its model card, into its README.md."""
+    from vllm_earlyexit.training.report import write_report
+
+    console.print(f"written: {write_report(heads, note)}", soft_wrap=True)
 
 
 @app.command()

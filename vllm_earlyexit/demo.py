@@ -2,12 +2,10 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from rich.table import Table
 from vllm_earlyexit.assets import DEMO_PROMPTS
 from vllm_earlyexit.embedded import smollm2
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.plugin import installed_vllm
+from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
 ANSWER = "@answer "  # marks the engine's lines among whatever else is printed
@@ -147,33 +145,8 @@ def compare(plain: Engine, self_exit: Engine, dtype: str) -> dict[str, Any]:
         "tokens_per_step": round(sum(map(len, self_exit.outputs)) / steps, 3),
         "drafted": self_exit.count("drafted"),
         "accepted": self_exit.count("accepted"),
-        "provenance": {
-            "command": " ".join(["vllm-earlyexit", *sys.argv[1:]]),
-            "commit": _commit(),
-            "versions": {name: version(name) for name in ("vllm-earlyexit", "torch", "transformers")}
-            | {"vllm": installed_vllm(), "python": platform.python_version()},
-            "cpu": _cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-        },
+        "provenance": provenance(),
     }
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def run_demo(build: Path, *, dtype: str, num_prompts: int, max_tokens: int, enforce_eager: bool) -> dict[str, Any]:

@@ -27,5 +27,5 @@ def random_heads(folder: Path, model: Path, kind: HeadKind, exit_layer: int, std
         draft_vocab_size=config["vocab_size"],
         exits=(exit_config,),
     )
-    Heads(heads_config, {exit_layer: head}, None).save(folder, dtype=torch.float32)
+    Heads(heads_config, {exit_layer: head}, None).save(folder, storage="float32")
     return folder

@@ -12,21 +12,10 @@ from tests.engine.tiny import tiny_model
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import HeadKind
 from vllm_earlyexit.training.data import Window
-from vllm_earlyexit.training.teacher import Teacher
+from vllm_earlyexit.training.teacher import Teacher, draft_steps
 
 EXIT_LAYER = 2
 PROMPT = [3, 17, 5, 40, 22, 9, 31, 8]
-
-
-class Tokenizerless(Teacher):
-    """A teacher for models without a tokenizer."""
-
-    def __init__(self, folder: Path):
-        from unittest.mock import patch
-
-        with patch("transformers.AutoTokenizer.from_pretrained") as tokenizer:
-            tokenizer.return_value.pad_token_id = 0
-            super().__init__(folder, torch.float32, "cpu")
 
 
 def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch.Tensor]]:
@@ -48,8 +37,8 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
             sequence = runner.input_batch.token_ids_cpu[0, :verified].tolist()
             return propose(*arguments)
 
-        def watch_step(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            logits = inner(hidden, positions)
+        def watch_step(features: torch.Tensor) -> torch.Tensor:
+            logits = inner(features)
             seen.append((list(sequence), len(sequence) - verified, logits[0].clone()))
             sequence.append(int(logits[0].argmax()))
             return logits
@@ -61,16 +50,19 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
     return seen
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("llama", "tail"), ("qwen2", "tail"), ("llama", "mlp")])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("llama", "recurrent"), ("qwen2", "recurrent"), ("llama", "tail"), ("llama", "mlp")]
+)
 @torch.no_grad()
 def test_drafting_computes_what_training_computed(tmp_path: Path, architecture: str, kind: HeadKind):
     model = tiny_model(tmp_path / "model", architecture)
     heads = random_heads(tmp_path / "heads", model, kind, EXIT_LAYER, std=0.15)
-    teacher, module = Tokenizerless(model), load_heads(heads).modules[EXIT_LAYER]
+    teacher, module = Teacher(model, torch.float32, "cpu"), load_heads(heads).modules[EXIT_LAYER]
     steps = drafted_logits(model, heads)
     assert {pending for _, pending, _ in steps} == {0, 1, 2}
     for tokens, pending, logits in steps:
-        observed = teacher.observe([Window(tokens, [True] * len(tokens))], [EXIT_LAYER], pending=pending)
-        expected = teacher.unembed(observed.features(EXIT_LAYER, module), None)[-1]
+        batch = teacher.observe([Window(tokens, [True] * len(tokens))], (EXIT_LAYER,), top_k=1)
+        features = draft_steps(teacher, module, batch.hidden[EXIT_LAYER], batch, pending)[-1]
+        expected = teacher.unembed(features)[-1]
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
         assert expected.std() > 0.3

@@ -94,7 +94,7 @@ def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Referenc
 
 
 def test_a_random_head_changes_nothing(smollm2: Path, plain: Reference, tmp_path: Path):
-    heads = random_heads(tmp_path / "heads", smollm2, "tail", exit_layer=4, std=5.0)
+    heads = random_heads(tmp_path / "heads", smollm2, "recurrent", exit_layer=4, std=5.0)
     setting = {"method": "self_exit", "model": str(heads), "num_speculative_tokens": 3}
     with engine(smollm2, speculative_config=setting) as llm:
         plain.check(answer(llm, plain.prompts, 8), 8)

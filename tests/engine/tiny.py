@@ -40,3 +40,19 @@ def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, 
                 parameter.mul_(0.25)
     model.save_pretrained(folder)
     return folder
+
+
+def add_tokenizer(folder: Path, vocab_size: int = 64) -> None:
+    """Give a tiny model a tokenizer of the words w0, w1, … and a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({f"w{n}": n for n in range(vocab_size)}, unk_token="w0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)

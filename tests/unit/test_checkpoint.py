@@ -30,11 +30,36 @@ def test_heads_come_back_as_saved(heads: Path):
     assert loaded.draft_vocab.tolist() == [1, 2, 3, 30, 31]
 
 
+def test_int8_storage_is_small_and_close(tmp_path: Path):
+    loaded = load_heads(make_heads(tmp_path / "heads", make_model(tmp_path / "model")))
+    loaded.save(tmp_path / "float32", "float32")
+    loaded.save(tmp_path / "int8", "int8")
+    exact, small = load_heads(tmp_path / "float32").modules[1], load_heads(tmp_path / "int8").modules[1]
+    for (name, ours), theirs in zip(exact.named_parameters(), small.parameters(), strict=True):
+        rows = ours.abs().amax(dim=-1, keepdim=True)
+        assert ((ours - theirs).abs() <= rows / 127 * 0.51 + rows * 2**-8 * (ours.dim() == 1)).all(), name
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    assert stored["exits.1.mlp.gate_up.weight"].dtype == torch.int8
+
+
+def test_an_interrupted_save_leaves_nothing_to_load(heads: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = load_heads(heads)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_earlyexit.heads.checkpoint.write_config", fail)
+    with pytest.raises(KeyboardInterrupt):
+        loaded.save(heads)
+    with pytest.raises(EarlyExitError, match=r"has no config\.json"):
+        load_heads(heads)
+
+
 @pytest.mark.parametrize("kind", ["shared", "linear", "mlp"])
 def test_an_untrained_head_is_the_shared_head(tmp_path: Path, kind: str):
     loaded = load_heads(make_heads(tmp_path / "heads", make_model(tmp_path / "model"), kind))  # type: ignore[arg-type]
     hidden = torch.randn(3, 8)
-    assert torch.equal(loaded.modules[1](hidden), hidden)
+    assert torch.equal(loaded.modules[1](hidden, None), hidden)
 
 
 def test_missing_folder_is_named(tmp_path: Path):

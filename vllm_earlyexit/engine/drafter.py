@@ -16,7 +16,7 @@ from vllm_earlyexit.engine.models import Segment, residual_stream
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.engine.tail import PagedLastLayer
 from vllm_earlyexit.heads.checkpoint import load_heads
-from vllm_earlyexit.heads.modules import SharedHead, TailHead
+from vllm_earlyexit.heads.modules import Context, SharedHead, TailHead
 
 KVContext = Callable[[Step], AbstractContextManager[None]]
 """A forward context in which the step's tokens read and write their sequences' KV in ``layer_names``."""
@@ -40,10 +40,19 @@ class ExitHead:
         self._vocab = None if draft_vocab is None else draft_vocab.to(weight.device)
         self._rows = None if self._vocab is None else weight[self._vocab].contiguous()
 
-    def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return logits [n, draft_vocab_size] for hidden states at the cut, [n, hidden_size], of tokens at [n]."""
+    def features(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Return what the head makes of hidden states at the cut, after the final norm, [n, hidden_size].
+
+        Args:
+            hidden: [n, hidden_size].
+            positions: Of these tokens, int64 [n].
+            previous: The features, or the final hidden states, of the tokens before them, [n, hidden_size].
+        """
         self._last.positions = positions
-        features = self._model.final_norm(self._module(hidden, self._last))
+        return self._model.final_norm(self._module(hidden, Context(self._last, previous)))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits [n, draft_vocab_size] for features [n, hidden_size]."""
         if self._rows is None:
             return self._model.compute_logits(features)
         return F.linear(features, self._rows)
@@ -75,12 +84,21 @@ class SelfExitDrafter:
         """The attention layers that a draft step runs."""
         return self.shallow.layer_names + self._head.layer_names
 
-    def draft(self, frontier: Frontier, kv_context: KVContext) -> list[list[int]]:
-        """Draft until every sequence has stopped; return the drafted tokens of each."""
+    def draft(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> list[list[int]]:
+        """Draft until every sequence has stopped; return the drafted tokens of each.
+
+        Args:
+            frontier: The sequences, each at its newest token.
+            previous: The full model's final hidden state of the token before that, [num_seqs, hidden_size].
+            kv_context: Where a step's KV is.
+        """
+        previous = previous.clone()
         while (step := frontier.step) is not None:
             with kv_context(step):
                 at_cut = self.shallow(step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
-                logits = self._head.logits(residual_stream(at_cut), step.positions)
+                features = self._head.features(residual_stream(at_cut), step.positions, previous[step.rows])
+            previous[step.rows] = features
+            logits = self._head.logits(features)
             frontier.advance(self._head.token_ids(logits.argmax(dim=-1)), self._policy.keep(logits))
         return frontier.drafts()

@@ -1,5 +1,6 @@
 """Model Runner V1: where the drafter meets vLLM's batch, block tables and attention metadata."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,12 +37,22 @@ class SelfExitProposer:
         """Compile what drafting runs, while vLLM compiles and profiles the model."""
         self.drafter.shallow.trace(self.vllm_config, device)
 
-    def propose(self, runner: Any, sampled_token_ids: list[list[int]], longest: int) -> list[list[int]]:
+    def propose(
+        self,
+        runner: Any,
+        sampled_token_ids: list[list[int]],
+        sampled_from: torch.Tensor,
+        verified: list[int] | None,
+        longest: int,
+    ) -> list[list[int]]:
         """Draft for every request of the batch that has just sampled.
 
         Args:
             runner: The V1 model runner, after bookkeeping.
             sampled_token_ids: What each request of the batch sampled; empty while its prompt is not finished.
+            sampled_from: Final hidden states from which tokens were sampled, [num_sampled, hidden_size]: request by
+                request, one for each draft token that was verified and one more.
+            verified: How many draft tokens of each request were verified; None if there were none at all.
             longest: The longest draft the scheduler wants this step.
 
         Returns:
@@ -64,7 +75,11 @@ class SelfExitProposer:
             torch.tensor(limits, dtype=torch.int64, device=device),
         )
         batch_rows = torch.tensor(rows, device=device)
-        drafted = self.drafter.draft(frontier, lambda step: self._kv_context(runner, batch_rows, step))
+        starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
+        newest = torch.tensor([starts[row] + len(sampled_token_ids[row]) - 1 for row in rows], device=device)
+        drafted = self.drafter.draft(
+            frontier, sampled_from[newest], lambda step: self._kv_context(runner, batch_rows, step)
+        )
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts

@@ -185,11 +185,33 @@ def _reserve_lookahead(original: property) -> property:
 
 
 def _draft_with_runner(original: Callable) -> Callable:
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any) -> Any:
+    def propose_draft_token_ids(
+        self: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Any,
+        sample_hidden_states: Any,
+        aux_hidden_states: Any,
+        spec_decode_metadata: Any,
+        *args: Any,
+    ) -> Any:
         if not uses_self_exit(self.speculative_config):
-            return original(self, scheduler_output, sampled_token_ids, *args)
+            return original(
+                self,
+                scheduler_output,
+                sampled_token_ids,
+                sampling_metadata,
+                hidden_states,
+                sample_hidden_states,
+                aux_hidden_states,
+                spec_decode_metadata,
+                *args,
+            )
         self._draft_probs = self._draft_prob_req_ids = None
-        return self.drafter.propose(self, sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule)
+        drafted = None if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
+        longest = scheduler_output.num_spec_tokens_to_schedule
+        return self.drafter.propose(self, sampled_token_ids, sample_hidden_states, drafted, longest)
 
     return propose_draft_token_ids
 

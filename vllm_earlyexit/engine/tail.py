@@ -1,4 +1,4 @@
-"""What a tail head attends over while it drafts: the paged KV cache of the model's last layer."""
+"""What a head attends over while it drafts: the paged KV cache of the model's last layer."""
 
 from typing import Any
 

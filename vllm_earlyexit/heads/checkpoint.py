@@ -1,9 +1,11 @@
 """The heads checkpoint: a folder with config.json and model.safetensors. Loading it never unpickles anything."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -15,6 +17,10 @@ from vllm_earlyexit.heads.modules import HeadKind, build_head
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SCALE = ".scale"
+LossName = Literal["kl", "tv", "ce"]
+SignalName = Literal["entropy", "max_probability", "margin", "probe"]
+Storage = Literal["float32", "bfloat16", "int8"]
 
 
 class _Part(BaseModel):
@@ -29,12 +35,49 @@ class Threshold(_Part):
     coverage: Annotated[float, Field(ge=0, le=1, description="share of held-out tokens at or below the entropy")]
 
 
+class PositionCalibration(_Part):
+    """One draft position: how often the head agrees with the full model, and the map from entropy to that."""
+
+    agreement: Annotated[float, Field(ge=0, le=1, description="share on which head and full model choose alike")]
+    entropy: Annotated[tuple[float, ...], Field(description="nats, rising")]
+    probability: Annotated[tuple[float, ...], Field(description="of being accepted at these entropies, falling")]
+    expected_calibration_error: Annotated[float, Field(ge=0, le=1, description="of the map, on documents not fitted")]
+
+    def acceptance(self, entropy: float) -> float:
+        """Return the probability that a token drafted at ``entropy`` nats is accepted; linear between the knots."""
+        return float(np.interp(entropy, self.entropy, self.probability))
+
+    @model_validator(mode="after")
+    def _monotone(self) -> "PositionCalibration":
+        if len(self.entropy) != len(self.probability) or not self.entropy:
+            raise ValueError("entropy and probability must be of the same length, at least 1")
+        if list(self.entropy) != sorted(self.entropy) or list(self.probability) != sorted(self.probability)[::-1]:
+            raise ValueError("entropy must rise and probability fall")
+        return self
+
+
+class Signal(_Part):
+    """How well a measure of uncertainty tells right from wrong drafts."""
+
+    name: SignalName
+    risk_coverage_area: Annotated[
+        float, Field(ge=0, le=1, description="mean error rate over coverages; less is better")
+    ]
+    low: Annotated[float, Field(description="2.5 % of bootstrap samples over documents lie below")]
+    high: Annotated[float, Field(description="2.5 % lie above")]
+
+
 class Calibration(_Part):
     """What held-out tokens say about one exit head."""
 
     tokens: Annotated[int, Field(gt=0, description="held-out tokens measured")]
-    agreement: Annotated[float, Field(ge=0, le=1, description="share on which head and full model choose alike")]
+    agreement: Annotated[float, Field(ge=0, le=1, description="at the first draft position")]
     thresholds: tuple[Threshold, ...]
+    draft_cost: Annotated[
+        float | None, Field(gt=0, description="weights that a draft step reads, as a share of a full forward pass")
+    ] = None
+    positions: Annotated[tuple[PositionCalibration, ...], Field(description="from the first draft position on")] = ()
+    signals: tuple[Signal, ...] = ()
 
     def threshold(self, accuracy: float) -> float:
         """Return the entropy threshold for ``accuracy``, or for the next stricter one that was calibrated."""
@@ -53,8 +96,8 @@ class ExitHeadConfig(_Part):
 
     exit_layer: Annotated[int, Field(gt=0, description="layers run before the exit")]
     kind: HeadKind
-    intermediate_size: Annotated[int, Field(ge=0, description="width of the MLPs of mlp and tail heads")] = 0
-    query_size: Annotated[int, Field(ge=0, description="query heads times head size, for tail heads")] = 0
+    intermediate_size: Annotated[int, Field(ge=0, description="width of the MLPs of mlp, tail and recurrent heads")] = 0
+    query_size: Annotated[int, Field(ge=0, description="query heads times head size, for tail and recurrent heads")] = 0
     calibration: Calibration | None = None
 
 
@@ -122,23 +165,59 @@ class Heads:
     def __init__(self, config: HeadsConfig, modules: dict[int, nn.Module], draft_vocab: torch.Tensor | None):
         self.config, self.modules, self.draft_vocab = config, modules, draft_vocab
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write the checkpoint to ``folder``, weights as ``dtype``."""
+    def to(self, device: str) -> None:
+        """Move the modules to ``device``."""
+        for module in self.modules.values():
+            module.to(device).requires_grad_(False)
+
+    def save(self, folder: Path, storage: Storage = "bfloat16") -> None:
+        """Write the checkpoint to ``folder``, config last; what was there before is only replaced by whole files.
+
+        Args:
+            folder: Made if it is not there.
+            storage: How weights are stored. ``int8`` keeps matrices as one byte an entry and a scale per row.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"exits.{layer}.{name}": value.detach().to(dtype).contiguous()
-            for layer, module in self.modules.items()
-            for name, value in module.state_dict().items()
-        }
+        tensors: dict[str, torch.Tensor] = {}
+        for layer, module in self.modules.items():
+            for name, value in module.state_dict().items():
+                tensors |= _stored(f"exits.{layer}.{name}", value.detach().cpu(), storage)
         if self.draft_vocab is not None:
-            tensors["draft_vocab"] = self.draft_vocab.to(torch.int32)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            tensors["draft_vocab"] = self.draft_vocab.to("cpu", torch.int32)
+        partial = folder / f"{WEIGHTS_FILE}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        os.replace(partial, folder / WEIGHTS_FILE)
         write_config(self.config, folder)
 
 
+def _stored(name: str, value: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
+    if storage == "int8" and value.dim() == 2:
+        scale = (value.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+        return {name: (value / scale).round().to(torch.int8), name + SCALE: scale}
+    dtype = torch.bfloat16 if storage == "int8" else getattr(torch, storage)
+    return {name: value.to(dtype).contiguous()}
+
+
+def _loaded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return stored weights as float32."""
+    return {
+        name: value.float() * tensors[name + SCALE] if name + SCALE in tensors else value.float()
+        for name, value in tensors.items()
+        if not name.endswith(SCALE)
+    }
+
+
 def write_config(config: HeadsConfig, folder: Path) -> None:
-    """Write config.json alone, as calibration does."""
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    """Write config.json alone, as calibration does; it is replaced as a whole."""
+    write_whole(folder / CONFIG_FILE, (config.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``path`` so that it has either its old content or all of ``data``."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def read_config(folder: Path) -> HeadsConfig:
@@ -187,7 +266,7 @@ def load_heads(folder: Path) -> Heads:
         prefix = f"exits.{exit_config.exit_layer}."
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:
-            module.load_state_dict({name: value.float() for name, value in state.items()})
+            module.load_state_dict(_loaded(state))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise EarlyExitError(

@@ -1,68 +1,39 @@
-"""Calibrate exit heads on held-out text: entropy thresholds, and the setting that should serve fastest."""
+"""Calibrate exit heads on held-out documents: thresholds, acceptance probabilities, and the setting to serve with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from rich.progress import track
+from scipy.optimize import isotonic_regression
 
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import (
     Calibration,
-    Heads,
     HeadsConfig,
+    PositionCalibration,
     Recommendation,
     Threshold,
     load_heads,
     write_config,
 )
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
-from vllm_earlyexit.heads.uncertainty import entropy
-from vllm_earlyexit.training.data import Window, batches, windows
+from vllm_earlyexit.training.packs import Records
+from vllm_earlyexit.training.plots import reliability, risk_coverage
+from vllm_earlyexit.training.signals import compare
 from vllm_earlyexit.training.teacher import Teacher
-from vllm_earlyexit.training.train import PENDING_DEPTHS
+from vllm_earlyexit.training.traces import Trace, observe
+from vllm_earlyexit.training.train import Classroom
 
 ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DRAFT_LENGTHS = range(1, 9)
+POSITIONS = 4
+KNOTS = 32
 STEP_OVERHEAD = 0.4
 """Scheduler, sampler and interpreter time of one engine step, in full forward passes of a small model on a CPU."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One exit head along held-out text.
-
-    Attributes:
-        entropy: Of the head's distribution, nats, float32 [num_tokens].
-        agrees: Whether head and full model choose the same token, bool [num_tokens].
-        lengths: Length of each continuous stretch; they sum to num_tokens.
-    """
-
-    entropy: torch.Tensor
-    agrees: torch.Tensor
-    lengths: list[int]
-
-
-@torch.no_grad()
-def observe(teacher: Teacher, heads: Heads, items: list[Window], batch_tokens: int = 4096) -> dict[int, Trace]:
-    """Run full model and heads over ``items``; return one trace per exit layer."""
-    layers = list(heads.modules)
-    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in layers}
-    lengths: list[int] = []
-    for n, step in enumerate(track(list(batches(items, batch_tokens, 0)), description="calibrating")):
-        observed = teacher.observe(step, layers, pending=n % PENDING_DEPTHS)
-        target = observed.logits.argmax(dim=-1)
-        lengths += observed.rows
-        for layer, module in heads.modules.items():
-            logits = teacher.unembed(observed.features(layer, module), heads.draft_vocab)
-            choice = logits.argmax(dim=-1)
-            choice = choice if heads.draft_vocab is None else heads.draft_vocab[choice]
-            seen[layer].append((entropy(logits), choice == target))
-    return {
-        layer: Trace(torch.cat([h for h, _ in parts]), torch.cat([a for _, a in parts]), lengths)
-        for layer, parts in seen.items()
-    }
+DRAFT_OVERHEAD = 0.25
+"""The same for one draft step, beyond the weights it reads: 14 ms where a plain step takes 35 (the demo, float32)."""
 
 
 def thresholds(trace: Trace, accuracies: Sequence[float] = ACCURACIES) -> tuple[Threshold, ...]:
@@ -90,6 +61,73 @@ def thresholds(trace: Trace, accuracies: Sequence[float] = ACCURACIES) -> tuple[
 
 
 @dataclass(frozen=True)
+class AcceptanceMap:
+    """A falling map from entropy to the probability of being accepted, linear between its knots.
+
+    Attributes:
+        entropy: Knots in nats, rising, [num_knots].
+        probability: Falling, [num_knots].
+    """
+
+    entropy: np.ndarray
+    probability: np.ndarray
+
+    @staticmethod
+    def fit(entropy: np.ndarray, agrees: np.ndarray, knots: int = KNOTS) -> "AcceptanceMap":
+        """Fit by isotonic regression on bins of equally many tokens (Zadrozny and Elkan, KDD 2002)."""
+        order = np.argsort(entropy, kind="stable")
+        bins = [part for part in np.array_split(order, knots) if len(part)]
+        middles = np.array([entropy[part].mean() for part in bins])
+        means = np.array([agrees[part].mean() for part in bins])
+        sizes = np.array([len(part) for part in bins], dtype=float)
+        return AcceptanceMap(middles, isotonic_regression(means, weights=sizes, increasing=False).x)
+
+    def __call__(self, entropy: np.ndarray) -> np.ndarray:
+        """Return acceptance probabilities, of the shape of ``entropy``."""
+        return np.interp(entropy, self.entropy, self.probability)
+
+
+def expected_calibration_error(probability: np.ndarray, agrees: np.ndarray, bins: int = 15) -> float:
+    """Return the mean distance between probability and rate of agreement, over bins of equally many tokens.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    order = np.argsort(probability, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return float(sum(len(p) * abs(probability[p].mean() - agrees[p].mean()) for p in parts) / len(order))
+
+
+def folds(trace: Trace) -> np.ndarray:
+    """Return which half of the documents each token belongs to, bool [num_tokens]."""
+    documents = trace.token_documents.numpy()
+    known = np.unique(documents)
+    return np.isin(documents, known[::2])
+
+
+def cross_fitted(trace: Trace) -> np.ndarray:
+    """Return each token's acceptance probability from a map that was fitted on the other half of the documents."""
+    entropy, agrees, half = trace.entropy.numpy(), trace.agrees.numpy(), folds(trace)
+    probability = np.empty(len(entropy))
+    for side in (half, ~half):
+        probability[side] = AcceptanceMap.fit(entropy[~side], agrees[~side])(entropy[side])
+    return probability
+
+
+def position_calibration(trace: Trace) -> PositionCalibration:
+    """Return one draft position's map, fitted on all documents; its error is that of maps fitted on other documents."""
+    fitted = AcceptanceMap.fit(trace.entropy.numpy(), trace.agrees.numpy())
+    several = len(set(trace.documents)) > 1
+    return PositionCalibration(
+        agreement=round(trace.agrees.double().mean().item(), 4),
+        entropy=tuple(np.round(fitted.entropy, 4).tolist()),
+        probability=tuple(np.round(fitted.probability, 4).tolist()),
+        expected_calibration_error=round(
+            expected_calibration_error(cross_fitted(trace), trace.agrees.numpy()) if several else 1.0, 4
+        ),
+    )
+
+
+@dataclass(frozen=True)
 class Replay:
     """What drafting along a trace would have done: output tokens, verifications, and draft steps."""
 
@@ -98,23 +136,25 @@ class Replay:
     draft_steps: int
 
 
-def replay(trace: Trace, threshold: float, longest: int) -> Replay:
-    """Replay entropy-stopped drafting on held-out text.
+def replay(traces: Sequence[Trace], threshold: float, longest: int) -> Replay:
+    """Replay entropy-stopped drafting on held-out text; ``traces`` are of draft positions 1, 2, …, the last for more.
 
     As long as drafts are accepted the text is the one that was observed, so acceptance is exact. After a rejected
     draft the drafter is off the text; how long it then goes on is taken from the text's own next tokens.
     """
     tokens = verifications = draft_steps = 0
-    sure_all, agrees_all = (trace.entropy <= threshold).tolist(), trace.agrees.tolist()
+    sure = [(trace.entropy <= threshold).tolist() for trace in traces]
+    agrees = [trace.agrees.tolist() for trace in traces]
+    last = len(traces) - 1
     start = 0
-    for length in trace.lengths:
+    for length in traces[0].lengths:
         end, at = start + length, start
         while at < end:
             drafted = 0
-            while drafted < longest and at + drafted < end and sure_all[at + drafted]:
+            while drafted < longest and at + drafted < end and sure[min(drafted, last)][at + drafted]:
                 drafted += 1
             accepted = 0
-            while accepted < drafted and agrees_all[at + accepted]:
+            while accepted < drafted and agrees[min(accepted, last)][at + accepted]:
                 accepted += 1
             draft_steps += drafted if drafted == longest else drafted + 1
             verifications += 1
@@ -122,6 +162,20 @@ def replay(trace: Trace, threshold: float, longest: int) -> Replay:
             at += accepted + 1
         start = end
     return Replay(tokens, verifications, draft_steps)
+
+
+def head_cost(config: HeadsConfig, exit_layer: int) -> int:
+    """Return the weights that one draft step reads for its head: the module and the draft vocabulary's rows."""
+    exit_config = config.exit(exit_layer)
+    size, mlp, query = config.hidden_size, 3 * exit_config.intermediate_size, exit_config.query_size
+    module = {
+        "shared": 0,
+        "linear": size,
+        "mlp": size + mlp,
+        "tail": size + 2 * mlp + 3 * query,
+        "recurrent": 2 * size + 2 * mlp + 3 * query,
+    }
+    return size * (module[exit_config.kind] + config.draft_vocab_size)
 
 
 def draft_cost(config: HeadsConfig, exit_layer: int, layer_size: int) -> float:
@@ -132,16 +186,11 @@ def draft_cost(config: HeadsConfig, exit_layer: int, layer_size: int) -> float:
         exit_layer: Where the draft exits.
         layer_size: Parameters of one decoder layer.
     """
-    exit_config = config.exit(exit_layer)
-    mlp = 3 * exit_config.intermediate_size
-    head = {"shared": 0, "linear": config.hidden_size, "mlp": mlp, "tail": 2 * mlp + 3 * exit_config.query_size}[
-        exit_config.kind
-    ]
-    shallow = exit_layer * layer_size + config.hidden_size * (head + config.draft_vocab_size)
-    return shallow / (config.num_layers * layer_size + config.hidden_size * config.vocab_size)
+    full = config.num_layers * layer_size + config.hidden_size * config.vocab_size
+    return (exit_layer * layer_size + head_cost(config, exit_layer)) / full
 
 
-def recommend(config: HeadsConfig, traces: dict[int, Trace], layer_size: int) -> Recommendation | None:
+def recommend(config: HeadsConfig, traces: dict[int, list[Trace]], layer_size: int) -> Recommendation | None:
     """Return the exit, accuracy and draft length with the highest replayed speed, or None without any threshold."""
     best: Recommendation | None = None
     for exit_config in config.exits:
@@ -150,7 +199,7 @@ def recommend(config: HeadsConfig, traces: dict[int, Trace], layer_size: int) ->
         for threshold in calibration.thresholds if calibration else ():
             for longest in DRAFT_LENGTHS:
                 done = replay(traces[layer], threshold.entropy, longest)
-                spent = done.verifications * (1 + STEP_OVERHEAD) + done.draft_steps * cost
+                spent = done.verifications * (1 + STEP_OVERHEAD) + done.draft_steps * (cost + DRAFT_OVERHEAD)
                 speedup = done.tokens * (1 + STEP_OVERHEAD) / spent
                 if best is None or speedup > best.predicted_speedup:
                     best = Recommendation(
@@ -163,38 +212,75 @@ def recommend(config: HeadsConfig, traces: dict[int, Trace], layer_size: int) ->
     return best
 
 
-def calibrate_heads(model: str, heads_folder: Path, data: Sequence[Path], *, device: str = "cpu") -> HeadsConfig:
-    """Calibrate the heads in ``heads_folder`` on ``data``, which they must not have been trained on.
+def calibrate_heads(
+    model: str, heads_folder: Path, records: Sequence[Path], *, every_document: bool = False, device: str = "cpu"
+) -> HeadsConfig:
+    """Calibrate the heads in ``heads_folder`` on held-out documents of ``records``.
 
-    Writes thresholds and the recommended setting into the checkpoint's config.json and returns it.
+    Writes thresholds, maps, the comparison of uncertainty measures and the recommended setting into the checkpoint's
+    config.json, and pictures beside it.
+
+    Args:
+        model: Folder or Hub id of the base model.
+        heads_folder: The checkpoint.
+        records: Records folders; of those that the heads were trained on, only held-out documents are used.
+        every_document: Use all documents; for records that the heads were not trained on.
+        device: Where to run.
+
+    Returns:
+        The new config.
 
     Raises:
-        EarlyExitError: the heads belong to another model, or ``data`` has nothing to measure.
+        EarlyExitError: heads, records and model do not belong together, or nothing is held out.
     """
     heads = load_heads(heads_folder)
     folder = model_folder(model)
     if heads.config.fingerprint != fingerprint(folder):
         raise EarlyExitError(f"the heads in {heads_folder} were trained for {heads.config.base_model!r}, not {model!r}")
-    teacher = Teacher(folder, torch.bfloat16, device)
-    items = windows(data, teacher.tokenizer, 512)
-    if not items:
-        raise EarlyExitError(f"nothing to calibrate on in {', '.join(map(str, data))}")
-    traces = observe(teacher, heads, items)
-    exits = tuple(
-        exit_config.model_copy(
-            update={
-                "calibration": Calibration(
-                    tokens=len(traces[exit_config.exit_layer].agrees),
-                    agreement=round(traces[exit_config.exit_layer].agrees.double().mean().item(), 4),
-                    thresholds=thresholds(traces[exit_config.exit_layer]),
-                )
-            }
+    traces, layer_size = trace_heads(folder, heads_folder, records, every_document=every_document, device=device)
+    exits = []
+    for exit_config in heads.config.exits:
+        here = traces[exit_config.exit_layer]
+        calibration = Calibration(
+            tokens=len(here[0].agrees),
+            agreement=round(here[0].agrees.double().mean().item(), 4),
+            thresholds=thresholds(here[0]),
+            draft_cost=round(draft_cost(heads.config, exit_config.exit_layer, layer_size), 4),
+            positions=tuple(position_calibration(trace) for trace in here),
+            signals=compare(here[0], folds(here[0])),
         )
-        for exit_config in heads.config.exits
-    )
-    config = heads.config.model_copy(update={"exits": exits})
-    layer_size = sum(p.numel() for p in teacher.model.get_decoder().layers[0].parameters())
-    provenance = config.provenance | {"calibrated_on": [path.name for path in data]}
-    config = config.model_copy(update={"recommended": recommend(config, traces, layer_size), "provenance": provenance})
+        exits.append(exit_config.model_copy(update={"calibration": calibration}))
+    provenance = heads.config.provenance | {"calibrated_on": [path.name for path in records]}
+    config = heads.config.model_copy(update={"exits": tuple(exits), "provenance": provenance})
+    config = config.model_copy(update={"recommended": recommend(config, traces, layer_size)})
     write_config(config, heads_folder)
+    probabilities = {layer: (cross_fitted(here[0]), here[0].agrees.numpy()) for layer, here in traces.items()}
+    reliability(probabilities, heads_folder / "reliability.png")
+    risk_coverage({layer: here[0] for layer, here in traces.items()}, heads_folder / "risk-coverage.png")
     return config
+
+
+def trace_heads(
+    folder: Path, heads_folder: Path, records: Sequence[Path], *, every_document: bool, device: str
+) -> tuple[dict[int, list[Trace]], int]:
+    """Return the heads' traces per exit layer and draft position, and the number of parameters of a decoder layer.
+
+    Raises:
+        EarlyExitError: the records are of another model or cut elsewhere, or nothing is held out.
+    """
+    heads = load_heads(heads_folder)
+    opened = Records(records)
+    layers = tuple(heads.modules)
+    missing = set(layers) - set(opened.config.exit_layers)
+    if opened.config.fingerprint != heads.config.fingerprint or missing:
+        raise EarlyExitError(
+            f"the records are of {opened.config.base_model!r}, cut at layers {opened.config.exit_layers}; "
+            f"these heads need {heads.config.base_model!r}, cut at {layers}"
+        )
+    share = 1.0 if every_document else heads.config.provenance["options"]["held_out"]
+    packs = opened.packs(2048, (*layers, opened.config.num_layers - 1), share, True)
+    if not len(packs):
+        raise EarlyExitError(f"no document of {', '.join(map(str, records))} is held out; collect more")
+    teacher = Teacher(folder, torch.bfloat16, device)
+    heads.to(device)
+    return observe(Classroom.of(teacher, heads.draft_vocab), heads, packs, POSITIONS), teacher.layer_size

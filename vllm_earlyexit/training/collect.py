@@ -1,50 +1,407 @@
-"""Let a model answer prompts through vLLM, so that its heads can be trained on its own words."""
+"""Let a model answer prompts and record what it computes on the way, as training data for its exit heads."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from rich.progress import track
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vllm_earlyexit.training.records import read_records
+from vllm_earlyexit.errors import EarlyExitError
+from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
+from vllm_earlyexit.training.data import Window, as_messages, cut, grouped, tokenize
+from vllm_earlyexit.training.records import read_records, sized_records
+from vllm_earlyexit.training.shards import (
+    Batch,
+    RecordsConfig,
+    Shard,
+    concatenate,
+    open_records,
+    shards,
+    window_key,
+    write_shard,
+)
+from vllm_earlyexit.training.targets import top_targets
+
+Item = TypeVar("Item")
+ANSWERS_FILE = "answers.jsonl"
+MODEL_LENGTH = 4096
+KV_CACHE = 2 << 30
 
 
-def collect_answers(
-    model: str,
-    prompts: Path,
-    out: Path,
-    *,
-    num_prompts: int | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.7,
-    max_num_seqs: int = 128,
-    seed: int = 0,
-) -> int:
-    """Append one JSON line ``{"id", "turns": [prompt, answer]}`` per prompt to ``out``; return how many were written.
+@dataclass(frozen=True)
+class CollectOptions:
+    """Knobs of collecting.
 
-    Even-numbered prompts are answered greedily and odd-numbered ones at ``temperature``: greedy answers are what is
-    drafted most, sampled ones keep repetitive loops of small models from dominating. Prompts whose id is in ``out``
-    already are not asked again, so a stopped run continues.
+    Attributes:
+        window: Longest stretch of a document that is run at once, in tokens.
+        top_k: Target probabilities kept for each scored token.
+        shard_tokens: Tokens of a shard, and with it the memory that recording takes.
+        max_tokens: Record about so many tokens in all.
+        answer_tokens: Longest answer to a prompt.
+        sampled: Share of the prompts answered at ``temperature``; the others are answered greedily.
+        temperature: Of sampled answers.
+        num_prompts: Use the first so many prompts of each file.
+        seed: Of sampled answers.
     """
-    from vllm import LLM, SamplingParams
 
-    done = {record["id"] for record in read_records(out)} if out.exists() else set()
-    asked = [record for record in read_records(prompts) if "turns" in record][:num_prompts]
-    todo = [record for record in asked if record["id"] not in done]
-    if not todo:
-        return 0
-    llm = LLM(model=model, max_num_seqs=max_num_seqs, seed=seed, enforce_eager=True)
-    greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
-    sampled = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=max_tokens)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    size = 2 * max_num_seqs
-    with out.open("a", encoding="utf-8") as sink:
-        for start in track(range(0, len(todo), size), description="answering"):
-            chunk = todo[start : start + size]
-            messages: list[Any] = [[{"role": "user", "content": record["turns"][0]}] for record in chunk]
-            params = [greedy if n % 2 == 0 else sampled for n in range(len(chunk))]
-            for record, answer in zip(chunk, llm.chat(messages, params, use_tqdm=False), strict=True):
-                line = {"id": record["id"], "turns": [record["turns"][0], answer.outputs[0].text]}
-                sink.write(json.dumps(line) + "\n")
-            sink.flush()
-    return len(todo)
+    window: int = 512
+    top_k: int = 32
+    shard_tokens: int = 16384
+    max_tokens: int | None = None
+    answer_tokens: int = 384
+    sampled: float = 0.25
+    temperature: float = 0.6
+    num_prompts: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class Collected:
+    """What a run of ``collect_records`` did."""
+
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: list[str] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """Who runs the model."""
+
+    tokenizer: Any
+
+    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
+        """Answer prompts given as token ids; return the answers' token ids."""
+
+    def observe(self, windows: list[Window]) -> Batch:
+        """Run whole windows through the full model."""
+
+
+class ServingSource:
+    """vLLM, offline and in this process."""
+
+    def __init__(self, folder: Path, config: RecordsConfig, options: CollectOptions):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the recorder's hooks live in this process
+        from vllm import LLM
+
+        from vllm_earlyexit.engine.recorder import Recorder
+
+        longest = min(MODEL_LENGTH, text_config(folder).get("max_position_embeddings", MODEL_LENGTH))
+        self._config, self._longest = config, longest
+        self._llm = LLM(
+            str(folder),
+            dtype="bfloat16",
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            enable_prefix_caching=False,
+            max_model_len=longest,
+            max_num_batched_tokens=longest,
+            max_num_seqs=256,
+            kv_cache_memory_bytes=KV_CACHE,
+            seed=options.seed,
+        )
+        self.tokenizer = self._llm.get_tokenizer()
+        self._recorder: Recorder | None = None
+
+    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
+        """Answer in one batch; a prompt that leaves no room for an answer gets an empty one."""
+        from vllm import SamplingParams
+
+        fits = [n for n, prompt in enumerate(prompts) if len(prompt) + options.answer_tokens <= self._longest]
+        params = [
+            SamplingParams(
+                temperature=options.temperature if sampled[n] else 0,
+                max_tokens=options.answer_tokens,
+                detokenize=False,
+            )
+            for n in fits
+        ]
+        inputs: list[Any] = [{"prompt_token_ids": prompts[n]} for n in fits]
+        answers: list[list[int]] = [[] for _ in prompts]
+        for n, output in zip(fits, self._llm.generate(inputs, params, use_tqdm=False), strict=True):
+            answers[n] = list(output.outputs[0].token_ids)
+        return answers
+
+    def observe(self, windows: list[Window]) -> Batch:
+        """Prefill the windows and return what passed by, in vLLM's order."""
+        from vllm import SamplingParams
+
+        from vllm_earlyexit.engine.recorder import Recorder
+
+        if self._recorder is None:
+            self._recorder = self._llm.apply_model(lambda model: Recorder(model, self._config.layers))[0]
+        by_tokens = {tuple(window.ids): window for window in windows}
+        inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in by_tokens]
+        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        self._llm.generate(inputs, params, use_tqdm=False)
+        seen = self._recorder.take()
+        found = [by_tokens[tuple(prefill.ids.tolist())] for prefill in seen]
+        scored = torch.tensor([flag for window in found for flag in window.scored])
+        final = torch.cat([prefill.final for prefill in seen])
+        top_ids, top_p = self._llm.apply_model(
+            lambda model: top_targets(final[scored.to(final.device)], _unembed(model), self._config.top_k)
+        )[0]
+        return Batch(
+            windows=torch.tensor([window_key(window) for window in found]),
+            lengths=torch.tensor([len(window.ids) for window in found]),
+            ids=torch.cat([prefill.ids for prefill in seen]).to("cpu", torch.int32),
+            scored=scored,
+            hidden={
+                layer: torch.cat([prefill.hidden[layer] for prefill in seen]).cpu() for layer in self._config.layers
+            },
+            final=final.cpu(),
+            top_ids=top_ids,
+            top_p=top_p,
+        )
+
+
+def _unembed(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return model.compute_logits
+
+
+class TransformersSource:
+    """transformers, where vLLM is not installed; it records texts and conversations and answers no prompts."""
+
+    def __init__(self, folder: Path, config: RecordsConfig, device: str):
+        from transformers import AutoTokenizer
+
+        from vllm_earlyexit.training.teacher import Teacher
+
+        self._config = config
+        self._teacher = Teacher(folder, torch.bfloat16, device)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
+        """Not offered: it would take hours where vLLM takes minutes."""
+        raise EarlyExitError("answering prompts needs vLLM; install it, or give --data with the model's own answers")
+
+    def observe(self, windows: list[Window]) -> Batch:
+        """Run the windows in padded batches."""
+        parts = [
+            self._teacher.observe(group, self._config.exit_layers, self._config.top_k)
+            for group in grouped(sorted(windows, key=lambda window: len(window.ids)), 4096)
+        ]
+        return concatenate(parts)
+
+
+def records_config(folder: Path, name: str, exit_layers: Sequence[int], top_k: int) -> RecordsConfig:
+    """Return the config of records of the model in ``folder``.
+
+    Raises:
+        EarlyExitError: an exit layer lies outside the model.
+    """
+    config = text_config(folder)
+    layers, num_layers = sorted(set(exit_layers)), config["num_hidden_layers"]
+    if not layers or layers[0] < 1 or layers[-1] >= num_layers:
+        raise EarlyExitError(
+            f"exit layers must lie between 1 and {num_layers - 1} for this model, got {list(exit_layers)}"
+        )
+    return RecordsConfig(
+        base_model=name,
+        fingerprint=fingerprint(folder),
+        exit_layers=tuple(layer for layer in layers if layer != num_layers - 1),
+        num_layers=num_layers,
+        hidden_size=config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        top_k=top_k,
+    )
+
+
+def collect_records(
+    model: str,
+    out: Path,
+    exit_layers: Sequence[int],
+    prompts: Sequence[Path] = (),
+    data: Sequence[Path] = (),
+    options: CollectOptions = CollectOptions(),
+    *,
+    name: str | None = None,
+    engine: str = "vllm",
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Collected:
+    """Record the model on ``data`` and on its own answers to ``prompts`` into the records folder ``out``.
+
+    A run that was stopped goes on where it stopped: prompts that have an answer are not asked again, and windows
+    that are in a whole shard are not run again. Damaged or foreign shards are named and skipped.
+
+    Args:
+        model: Folder or Hub id of the base model.
+        out: Records folder, new or of this model.
+        exit_layers: Cuts whose hidden states are kept.
+        prompts: Files of records with ``turns``, all of them the user's.
+        data: Files of records with ``text``, or with ``turns`` that alternate between user and assistant.
+        options: Knobs.
+        name: Name of the base model to record, by default ``model``'s last path component.
+        engine: ``vllm``, or ``transformers`` for ``data`` alone.
+        device: For ``transformers``.
+        console: Where progress and skipped shards are reported.
+
+    Raises:
+        EarlyExitError: input that cannot be used, a model or folder that does not fit, a full disk.
+    """
+    console = console or Console()
+    for path in [*prompts, *data]:
+        if not path.is_file():
+            raise EarlyExitError(f"{path} cannot be read: there is no such file")
+    folder = model_folder(model)
+    config = records_config(folder, name or Path(model).name, exit_layers, options.top_k)
+    open_records(out, config)
+    collected = Collected()
+    known, number = _known_windows(out, config, collected)
+    for message in collected.skipped:
+        console.print(f"skipped: {message}", soft_wrap=True)
+    source: Source = (
+        ServingSource(folder, config, options) if engine == "vllm" else TransformersSource(folder, config, device)
+    )
+    if prompts:
+        collected.answers = _answer(source, prompts, out / ANSWERS_FILE, options, console)
+    sources = [*([out / ANSWERS_FILE] if (out / ANSWERS_FILE).exists() else []), *data]
+    _check_room(out, config, sources, options)
+    _record(source, sources, out, config, options, known, number, collected, console)
+    if not known:
+        raise EarlyExitError(f"nothing to learn from in {', '.join(map(str, [*prompts, *data])) or 'no files'}")
+    return collected
+
+
+def _known_windows(out: Path, config: RecordsConfig, collected: Collected) -> tuple[set[int], int]:
+    known: set[int] = set()
+    for shard in shards(out, config):
+        if isinstance(shard, Shard):
+            known.update(shard.windows[:, 1].tolist())
+        else:
+            collected.skipped.append(str(shard))
+    numbers = [int(path.stem.split("-")[1]) for path in out.glob("shard-*.safetensors")]
+    return known, max(numbers, default=-1) + 1
+
+
+def _check_room(out: Path, config: RecordsConfig, sources: Sequence[Path], options: CollectOptions) -> None:
+    tokens = sum(path.stat().st_size for path in sources) / 4  # English has about four bytes a token
+    tokens = min(tokens, options.max_tokens or tokens)
+    needed, free = tokens * config.bytes_per_token / 1e9, shutil.disk_usage(out).free / 1e9
+    if needed > free:
+        raise EarlyExitError(
+            f"these records will take about {needed:.1f} GB and {out} has {free:.1f} GB free; "
+            "give --max-tokens, fewer exit layers or another folder"
+        )
+
+
+def _columns(label: str) -> tuple[Any, ...]:
+    return (
+        TextColumn(label),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+
+
+def _answer(source: Source, prompts: Sequence[Path], out: Path, options: CollectOptions, console: Console) -> int:
+    """Append an answer for every user turn that has none yet; return how many were added."""
+    history = {(record["id"], record["turn"]): record["text"] for record in _whole_lines(out)}
+    asked = [r for path in prompts for r in list(read_records(path))[: options.num_prompts] if "turns" in r]
+    added = spoken = 0
+    with out.open("a", encoding="utf-8") as sink, Progress(*_columns("answering"), console=console) as progress:
+        bar = progress.add_task("", total=sum(len(record["turns"]) for record in asked), rate="")
+        started = progress.get_time()
+        for turn in range(max((len(record["turns"]) for record in asked), default=0)):
+            todo = [
+                (n, record)
+                for n, record in enumerate(asked)
+                if len(record["turns"]) > turn and (str(record["id"]), turn) not in history
+            ]
+            for start in range(0, len(todo), 512):
+                part = todo[start : start + 512]
+                ids = [_prompt_ids(record, turn, history, source.tokenizer) for _, record in part]
+                sampled = [int(n * options.sampled) != int((n + 1) * options.sampled) for n, _ in part]
+                for (_, record), prompt, answer in zip(part, ids, source.answer(ids, sampled, options), strict=True):
+                    text = source.tokenizer.decode(answer, skip_special_tokens=True)
+                    history[str(record["id"]), turn] = text
+                    line = {"id": str(record["id"]), "turn": turn, "text": text}
+                    sink.write(json.dumps(line | {"ids": prompt + answer, "answer_start": len(prompt)}) + "\n")
+                    added, spoken = added + 1, spoken + len(answer)
+                sink.flush()
+                rate = spoken / max(1e-9, progress.get_time() - started)
+                progress.update(bar, completed=len(history), rate=f"{rate:.0f} tokens/s")
+    return added
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield an answers file's records; a last line that a killed run left unfinished is cut off."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        path.write_bytes(whole)
+    yield from read_records(path)
+
+
+def _prompt_ids(record: dict[str, Any], turn: int, history: dict[tuple[str, int], str], tokenizer: Any) -> list[int]:
+    turns: list[str] = []
+    for n in range(turn):
+        turns += [record["turns"][n], history[str(record["id"]), n]]
+    messages = as_messages([*turns, record["turns"][turn]])
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def _in_turns(sources: list[Iterator[Item]]) -> Iterator[Item]:
+    """Yield one item of each source in turn, so that any beginning of it is a mixture."""
+    while sources:
+        for source in list(sources):
+            try:
+                yield next(source)
+            except StopIteration:
+                sources.remove(source)
+
+
+def _record(
+    source: Source,
+    paths: Sequence[Path],
+    out: Path,
+    config: RecordsConfig,
+    options: CollectOptions,
+    known: set[int],
+    number: int,
+    collected: Collected,
+    console: Console,
+) -> None:
+    """Run every window that is not in ``known`` and write shards from ``number`` on; adds to ``known``."""
+    with Progress(*_columns("recording"), console=console) as progress:
+        total = options.max_tokens or sum(path.stat().st_size for path in paths)
+        bar = progress.add_task("", total=total, rate="")
+        started = progress.get_time()
+
+        def windows() -> Iterator[Window]:
+            for record, size in _in_turns([sized_records(path) for path in paths]):
+                whole = tokenize(record, source.tokenizer)
+                if max(whole.ids, default=0) >= config.vocab_size:
+                    raise EarlyExitError(
+                        f"the tokenizer speaks of token {max(whole.ids)} and the model has {config.vocab_size}: "
+                        "it is another model's tokenizer"
+                    )
+                for window in cut(whole, options.window):
+                    key = window_key(window)[1]
+                    if key not in known:
+                        known.add(key)
+                        yield window
+                if options.max_tokens is None:
+                    progress.advance(bar, size)
+
+        for group in grouped(windows(), options.shard_tokens):
+            write_shard(out, number, config, source.observe(group))
+            number += 1
+            tokens = sum(len(window.ids) for window in group)
+            collected.tokens += tokens
+            collected.seconds = progress.get_time() - started
+            progress.update(bar, rate=f"{collected.tokens / collected.seconds:.0f} tokens/s")
+            if options.max_tokens is not None:
+                progress.advance(bar, tokens)
+                if collected.tokens >= options.max_tokens:
+                    return

@@ -1,14 +1,11 @@
-"""From text records to token windows with a loss mask, batched by size."""
+"""From text records to token windows that say what is learned."""
 
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from vllm_earlyexit.training.records import read_records
+LEAST_SCORED = 8
+"""Windows with fewer scored tokens are not worth a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +15,24 @@ class Window:
     Attributes:
         ids: Token ids.
         scored: For each token, whether what follows it is learned: all of a text, only the answers of a conversation.
+        document: What the stretch is from; documents as a whole are trained on or held out.
     """
 
     ids: list[int]
     scored: list[bool]
+    document: str = ""
 
 
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Window:
     """Return one record as a single window; conversations go through the tokenizer's chat template."""
+    document = str(record["id"])
+    if "ids" in record:  # the model's own answer, tokens as it said them
+        said, start = record["ids"], record["answer_start"]
+        return Window(said, [start - 1 <= n < len(said) - 1 for n in range(len(said))], document)
     if "text" in record:
-        text = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
-        return Window(text, [True] * len(text))
-    roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(record["turns"])]
+        text = tokenizer(record["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        return Window(text, [True] * len(text), document)
+    messages = as_messages(record["turns"])
     ids: list[int] = []
     scored: list[bool] = []
     for n, message in enumerate(messages):
@@ -42,46 +44,31 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Window:
         if answer and scored:
             scored[-1] = True  # the answer's first token is predicted at the last token of the prompt
         ids, scored = upto, scored + [answer] * len(new)
-    return Window(ids, scored)
+    return Window(ids, scored, document)
 
 
-def windows(paths: Iterable[Path], tokenizer: Any, length: int) -> list[Window]:
-    """Return every record of ``paths`` cut into windows of at most ``length`` tokens that have something to learn."""
-    cut = []
-    for path in paths:
-        for record in read_records(path):
-            whole = tokenize(record, tokenizer)
-            for start in range(0, len(whole.ids), length):
-                part = Window(whole.ids[start : start + length], whole.scored[start : start + length])
-                if sum(part.scored) >= 8:
-                    cut.append(part)
-    return cut
+def as_messages(turns: list[str]) -> list[dict[str, str]]:
+    """Return alternating turns, the user's first, as chat messages."""
+    return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
 
 
-def split(items: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
-    """Shuffle and split into (training, held-out) windows."""
-    items = items[:]
-    random.Random(seed).shuffle(items)
-    first = max(1, round(held_out * len(items)))
-    return items[first:], items[:first]
+def cut(whole: Window, length: int) -> Iterator[Window]:
+    """Yield the stretches of at most ``length`` tokens in which there is something to learn."""
+    for start in range(0, len(whole.ids), length):
+        part = Window(whole.ids[start : start + length], whole.scored[start : start + length], whole.document)
+        if sum(part.scored) >= LEAST_SCORED:
+            yield part
 
 
-def batches(items: list[Window], tokens: int, seed: int) -> Iterator[list[Window]]:
-    """Yield batches of similar lengths with at most ``tokens`` padded tokens each, in random order."""
-    order = sorted(items, key=lambda w: len(w.ids))
-    grouped: list[list[Window]] = [[]]
-    for window in order:
-        if grouped[-1] and (len(grouped[-1]) + 1) * len(window.ids) > tokens:
-            grouped.append([])
-        grouped[-1].append(window)
-    random.Random(seed).shuffle(grouped)
-    yield from (group for group in grouped if group)
-
-
-def pad(batch: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (ids, attention mask, scored), each [batch, longest], padded on the right."""
-    longest = max(len(w.ids) for w in batch)
-    ids = torch.tensor([w.ids + [pad_id] * (longest - len(w.ids)) for w in batch])
-    mask = torch.tensor([[1] * len(w.ids) + [0] * (longest - len(w.ids)) for w in batch])
-    scored = torch.tensor([w.scored + [False] * (longest - len(w.ids)) for w in batch])
-    return ids, mask, scored
+def grouped(windows: Iterable[Window], tokens: int) -> Iterator[list[Window]]:
+    """Yield consecutive windows in groups of at most ``tokens`` tokens, or of one window."""
+    group: list[Window] = []
+    size = 0
+    for window in windows:
+        if group and size + len(window.ids) > tokens:
+            yield group
+            group, size = [], 0
+        group.append(window)
+        size += len(window.ids)
+    if group:
+        yield group

@@ -1,6 +1,6 @@
-"""The frozen full model, run with transformers: hidden states at the cuts and what it would say."""
+"""The frozen base model in transformers: the parts that heads lean on, and what the full model computes."""
 
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,53 +9,54 @@ from torch import nn
 from torch.nn import functional as F
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.modules import TailHead
-from vllm_earlyexit.training.data import Window, pad
+from vllm_earlyexit.heads.modules import Context, LinearHead, MLPHead, TailHead
+from vllm_earlyexit.training.attention import KeyValue, attend
+from vllm_earlyexit.training.data import Window
+from vllm_earlyexit.training.shards import Batch, window_key
+from vllm_earlyexit.training.targets import top_targets
 
 
-class DenseLastLayer:
-    """The last decoder layer's keys and values over a padded batch, as a draft step would find them.
-
-    For every token t, tokens before t - pending have the full model's exact keys and values; t itself and the
-    ``pending`` tokens before it have provisional ones.
+class PackedLastLayer:
+    """The last decoder layer over a batch of packed windows; see ``attention.attend`` for who sees what.
 
     Args:
         layer: The last decoder layer.
-        hidden: Its exact input, [batch, length, hidden_size].
-        rotary: Cosines and sines, each [1, length, head_size].
-        pending: Number of pending tokens before each token.
+        hidden: Its exact input, [num_tokens, hidden_size].
+        rotary: Cosines and sines of every token's position, each [num_tokens, head_size].
+        lengths: Tokens of each window.
+        deep_keys: Whether the exact keys and values are seen.
     """
 
-    def __init__(self, layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], pending: int):
-        self._layer, self._rotary = layer, rotary
+    def __init__(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        lengths: list[int],
+        deep_keys: bool,
+    ):
+        self._layer, self._rotary, self._lengths, self._deep_keys = layer, rotary, lengths, deep_keys
         with torch.no_grad():
-            self._key, self._value = self._project(layer.input_layernorm(hidden))
-        length = hidden.shape[1]
-        distance = torch.arange(length).unsqueeze(1) - torch.arange(length)  # query minus key
-        exact, provisional = distance > pending, (distance >= 0) & (distance <= pending)
-        self._mask = torch.cat([exact, provisional], dim=1).to(hidden.device)  # [length, 2 * length]
+            self._exact = self._project(layer.input_layernorm(hidden))
+        self._drafted: list[KeyValue] = []
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the last layer's input norm."""
         return self._layer.input_layernorm(hidden)
 
     def attend(self, query: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Attend over exact and provisional keys; shapes as in ``LastLayer``."""
-        key, value = self._project(normed)
-        query = self._rotate(self._heads(query))
-        keys, values = torch.cat([self._key, key], dim=2), torch.cat([self._value, value], dim=2)
-        out = F.scaled_dot_product_attention(
-            query, keys.to(query.dtype), values.to(query.dtype), self._mask, enable_gqa=True
-        )
-        return out.transpose(1, 2).flatten(2)
+        """Attend as the next draft step, of which the first call is step 0; shapes as in ``LastLayer``."""
+        self._drafted.append(self._project(normed))
+        rotated = self._rotate(self._heads(query))
+        return attend(rotated, self._exact, self._drafted, self._lengths, self._deep_keys).flatten(1)
 
-    def _project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, normed: torch.Tensor) -> KeyValue:
         attention = self._layer.self_attn
         normed = normed.to(attention.k_proj.weight.dtype)
         return self._rotate(self._heads(attention.k_proj(normed))), self._heads(attention.v_proj(normed))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self._layer.self_attn.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self._layer.self_attn.head_dim))
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         cos, sin = (part.unsqueeze(1).to(x.dtype) for part in self._rotary)
@@ -63,81 +64,114 @@ class DenseLastLayer:
         return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What the full model did on one padded batch.
+class Teacher:
+    """The base model, frozen, with its last layer, final norm and lm_head at hand.
 
-    Attributes:
-        hidden: exit layer to hidden states there, [batch, length, hidden_size].
-        last: The last layer's attention, for tail heads.
-        scored: Tokens that are learned or measured, bool [batch, length].
-        logits: The full model's logits on the scored tokens, [num_tokens, vocab_size].
+    Raises:
+        EarlyExitError: the model is not built like Llama or Qwen2.
     """
 
-    hidden: dict[int, torch.Tensor]
-    last: DenseLastLayer
-    scored: torch.Tensor
-    logits: torch.Tensor
-
-    @property
-    def rows(self) -> list[int]:
-        """Number of scored tokens of each window, in order; they sum to num_tokens."""
-        return self.scored.sum(dim=1).tolist()
-
-    def features(self, exit_layer: int, head: nn.Module) -> torch.Tensor:
-        """Return a head's features on the scored tokens, [num_tokens, hidden_size]."""
-        return head(self.hidden[exit_layer].float(), self.last)[self.scored]
-
-
-class Teacher:
-    """The base model, frozen, with its final norm and lm_head at hand."""
-
     def __init__(self, folder: Path, dtype: torch.dtype, device: str):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.folder, self.device = folder, device
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.model = model.to(device).eval().requires_grad_(False)
-        self.device = device
-        inner = self.model.get_decoder()
-        attention = inner.layers[-1].self_attn if hasattr(inner, "layers") else None
-        if not all(hasattr(inner, name) for name in ("norm", "rotary_emb")) or not hasattr(attention, "k_proj"):
+        self._inner: Any = self.model.get_decoder()
+        attention = self._inner.layers[-1].self_attn if hasattr(self._inner, "layers") else None
+        if not all(hasattr(self._inner, name) for name in ("norm", "rotary_emb")) or not hasattr(attention, "k_proj"):
             raise EarlyExitError(
-                f"training does not know its way around {type(inner).__name__}; "
+                f"training does not know its way around {type(self._inner).__name__}; "
                 "supported are models built like Llama and Qwen2"
             )
-        self.norm: nn.Module = inner.norm
+        self._last: Any = self._inner.layers[-1]
+        self.norm: nn.Module = self._inner.norm
         self.lm_head: nn.Linear = self.model.get_output_embeddings()
-        self.num_layers = len(inner.layers)
+        self.num_layers = len(self._inner.layers)
         self.hidden_size: int = self.lm_head.in_features
         self.vocab_size: int = self.lm_head.out_features
-        self.query_size: int = inner.layers[-1].self_attn.q_proj.out_features
+        self.query_size: int = self._last.self_attn.q_proj.out_features
+
+    @property
+    def layer_size(self) -> int:
+        """Parameters of one decoder layer."""
+        return sum(p.numel() for p in self._last.parameters())
 
     @torch.no_grad()
-    def observe(self, batch: list[Window], exit_layers: list[int], pending: int = 0) -> Observed:
-        """Run one batch through the full model; ``pending`` is for tail heads, see ``DenseLastLayer``."""
-        ids, mask, scored = (t.to(self.device) for t in pad(batch, self.tokenizer.pad_token_id or 0))
-        inner = self.model.get_decoder()
-        out = inner(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
-        before_last = out.hidden_states[self.num_layers - 1]
-        rotary = inner.rotary_emb(before_last, positions)
-        return Observed(
-            hidden={layer: out.hidden_states[layer] for layer in exit_layers},
-            last=DenseLastLayer(inner.layers[-1], before_last, rotary, pending),
+    def observe(self, windows: list[Window], exit_layers: tuple[int, ...], top_k: int) -> Batch:
+        """Run one padded batch through the full model and return what is recorded of it."""
+        lengths = torch.tensor([len(window.ids) for window in windows])
+        ids = torch.zeros(len(windows), int(lengths.max()), dtype=torch.int64)
+        for row, window in enumerate(windows):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        real = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+        out = self._inner(
+            input_ids=ids.to(self.device),
+            attention_mask=real.long().to(self.device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        scored = torch.tensor([flag for window in windows for flag in window.scored])
+        final = out.last_hidden_state[real]
+        top_ids, top_p = top_targets(final[scored], self.lm_head, top_k)
+        return Batch(
+            windows=torch.tensor([window_key(window) for window in windows]),
+            lengths=lengths,
+            ids=ids[real].to(torch.int32),
             scored=scored,
-            logits=self.lm_head(out.last_hidden_state[scored]),
+            hidden={layer: out.hidden_states[layer][real] for layer in (*exit_layers, self.num_layers - 1)},
+            final=final,
+            top_ids=top_ids,
+            top_p=top_p,
         )
 
-    def unembed(self, features: torch.Tensor, draft_vocab: torch.Tensor | None) -> torch.Tensor:
-        """Return logits over the draft vocabulary, [num_tokens, draft_vocab_size]."""
-        weight = self.lm_head.weight if draft_vocab is None else self.lm_head.weight[draft_vocab]
-        return F.linear(self.norm(features.to(weight.dtype)), weight)
+    def last_layer(self, batch: Batch, deep_keys: bool = True) -> PackedLastLayer:
+        """Return the last layer's attention over a batch, with or without exact keys and values."""
+        lengths = batch.lengths.tolist()
+        hidden = batch.hidden[self.num_layers - 1]
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(hidden.device)
+        cos, sin = self._inner.rotary_emb(hidden, positions.unsqueeze(0))
+        return PackedLastLayer(self._last, hidden, (cos[0], sin[0]), lengths, deep_keys)
 
-    def start_as_last_layer(self, head: TailHead) -> None:
-        """Start a tail head as the model's own last layer, as far as the shapes are the same."""
-        layer = self.model.get_decoder().layers[-1]
-        attention, mlp = layer.self_attn, layer.mlp
+    def unembed(self, features: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits [num_tokens, num_rows] for normed features; ``rows`` of lm_head, by default all."""
+        weight = self.lm_head.weight if rows is None else rows
+        return F.linear(features.to(weight.dtype), weight)
+
+    def rows(self, draft_vocab: torch.Tensor | None) -> torch.Tensor:
+        """Return lm_head's rows for the draft vocabulary, [draft_vocab_size, hidden_size]."""
+        return self.lm_head.weight if draft_vocab is None else self.lm_head.weight[draft_vocab.to(self.device)]
+
+    def start(self, head: nn.Module, exit_layer: int, batch: Batch) -> None:
+        """Start a head close to the model: its bridge by least squares on ``batch``, its layer as the last layer.
+
+        The bridge of a head that attends predicts the last layer's input; otherwise it predicts the full model's
+        features, that is the final hidden state before the final norm's weight.
+        """
+        if isinstance(head, TailHead):
+            self._copy_last_layer(head)
+            target = batch.hidden[self.num_layers - 1]
+        elif isinstance(head, LinearHead | MLPHead):
+            target = batch.final / self.norm.get_parameter("weight")
+        else:
+            return
+        inputs = [batch.hidden[exit_layer].float()]
+        recurrence = head.recurrence if isinstance(head, TailHead) else None
+        if recurrence is not None:
+            inputs.append(previous_final(batch).float())
+        size, known = self.hidden_size, first_tokens(batch).logical_not() & batch.scored
+        design = torch.cat([*inputs, torch.ones(len(target), 1)], dim=1)[known]
+        gram = design.T @ design
+        ridge = 10 * design.pow(2).mean() * torch.eye(design.shape[1])
+        solution = torch.linalg.solve(gram + ridge, design.T @ target.float()[known])
+        with torch.no_grad():
+            head.bridge.weight.copy_(solution[:size].T)
+            head.bridge.bias.copy_(solution[-1])
+            if recurrence is not None:
+                recurrence.weight.copy_(solution[size : 2 * size].T)
+
+    def _copy_last_layer(self, head: TailHead) -> None:
+        attention, mlp = self._last.self_attn, self._last.mlp
         pairs = [
             (head.q_proj.weight, attention.q_proj.weight),
             (head.o_proj.weight, attention.o_proj.weight),
@@ -146,10 +180,56 @@ class Teacher:
             pairs.append((head.q_proj.bias, attention.q_proj.bias))
         if mlp.down_proj.weight.shape == head.mlp.down.weight.shape:
             pairs += [
-                (head.mlp.norm.weight, layer.post_attention_layernorm.weight),
+                (head.mlp.norm.weight, self._last.post_attention_layernorm.weight),
                 (head.mlp.gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
                 (head.mlp.down.weight, mlp.down_proj.weight),
             ]
         with torch.no_grad():
             for ours, theirs in pairs:
                 ours.copy_(theirs)
+
+
+def first_tokens(batch: Batch) -> torch.Tensor:
+    """Return which tokens begin a window, bool [num_tokens]."""
+    first = torch.zeros(len(batch.ids), dtype=torch.bool)
+    first[[0, *accumulate(batch.lengths.tolist()[:-1])]] = True
+    return first
+
+
+def previous_final(batch: Batch) -> torch.Tensor:
+    """Return each token's predecessor's final hidden state, zeros at the start of a window, as ``batch.final``."""
+    return shifted(batch.final, first_tokens(batch))
+
+
+def shifted(states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Return each token's predecessor's row of ``states`` [num_tokens, ...], zeros where ``first``."""
+    return states.roll(1, dims=0).masked_fill(first.to(states.device).unsqueeze(-1), 0)
+
+
+def draft_steps(
+    teacher: Teacher, head: nn.Module, hidden: torch.Tensor, batch: Batch, pending: int, deep_keys: bool = True
+) -> list[torch.Tensor]:
+    """Run a head at draft steps 0 to ``pending`` over every token of a batch.
+
+    At step d each token has d pending tokens before it, in the state in which their own draft steps left them.
+    Gradients flow through the last step only.
+
+    Args:
+        teacher: The base model.
+        head: Any exit head.
+        hidden: Hidden states at its cut, [num_tokens, hidden_size].
+        batch: Where they are from.
+        pending: The last draft step.
+        deep_keys: Whether exact keys and values of verified tokens are seen.
+
+    Returns:
+        For each step the head's features after the final norm, [num_tokens, hidden_size].
+    """
+    last, first, previous = teacher.last_layer(batch, deep_keys), first_tokens(batch), previous_final(batch)
+    learning, steps = torch.is_grad_enabled(), []
+    for step in range(pending + 1):
+        with torch.set_grad_enabled(learning and step == pending):
+            features = head(hidden.float(), Context(last, previous.float()))
+            steps.append(teacher.norm(features.to(batch.final.dtype)))
+        previous = shifted(steps[-1].detach(), first)
+    return steps

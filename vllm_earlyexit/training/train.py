@@ -1,258 +1,488 @@
-"""Train exit heads by distillation from the full model, which stays frozen (self-supervised)."""
+"""Train exit heads by distillation from the recorded full model, which stays frozen (self-supervised)."""
 
+import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from torch import nn
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, LossName, Storage
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
-from vllm_earlyexit.heads.modules import HeadKind, TailHead, build_head
-from vllm_earlyexit.training.data import Window, batches, split, windows
-from vllm_earlyexit.training.teacher import Teacher
+from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
+from vllm_earlyexit.training.losses import LOSSES, Target
+from vllm_earlyexit.training.packs import Packs, Records, on_device
+from vllm_earlyexit.training.plots import learning_curve
+from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
+from vllm_earlyexit.training.teacher import Teacher, draft_steps
 
-PENDING_DEPTHS = 4
-"""Tail heads are trained and calibrated with 0 to 3 pending tokens before each token, batch by batch in turn."""
+DRAFT_STEPS = (0, 1, 0, 2, 0, 3)
+"""Draft steps that are trained, batch by batch in turn: the first one most, because every draft passes it."""
+MEASURED_STEPS = 4
+CHECKPOINTS = ".training"
+START_TOKENS = 60_000
+MEASURED_TOKENS = 12_000
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Knobs of one training run; the defaults train SmolLM2-135M's heads."""
+    """Knobs of one training run; the defaults train SmolLM2-135M's heads.
 
-    kind: HeadKind = "tail"
+    Attributes:
+        kinds: Kinds of head; all of them are trained at every exit, from the same batches.
+        intermediate_size: Width of the MLPs of ``mlp``, ``tail`` and ``recurrent``.
+        draft_vocab_size: Most frequent tokens that can be drafted; 0 for all.
+        loss: Name of the loss.
+        top_k: Use so many of the recorded target probabilities; None for all.
+        epochs: Passes over the records.
+        max_tokens: Stop after about so many scored tokens.
+        batch_tokens: Tokens of a step, prompts included.
+        learning_rate: At its peak; it falls along a cosine.
+        warmup: Share of the steps until then.
+        evaluations: How often held-out agreement is measured.
+        patience: Stop after so many measurements without improvement.
+        held_out: Share of the documents that is never trained on.
+        deep_keys: Whether heads see the full model's keys and values of verified tokens (off for ablation only).
+        storage: How weights are stored.
+        deterministic: Use only deterministic algorithms.
+        seed: Of everything random.
+    """
+
+    kinds: tuple[HeadKind, ...] = ("recurrent",)
     intermediate_size: int = 1536
     draft_vocab_size: int = 16384
+    loss: LossName = "kl"
+    top_k: int | None = None
     epochs: int = 1
+    max_tokens: int | None = None
     batch_tokens: int = 2048
-    window: int = 512
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.03
+    evaluations: int = 8
+    patience: int = 3
     held_out: float = 0.03
+    deep_keys: bool = True
+    storage: Storage = "bfloat16"
+    deterministic: bool = False
     seed: int = 0
 
 
-def frequent_tokens(items: list[Window], size: int, vocab_size: int) -> torch.Tensor | None:
-    """Return the ``size`` most frequent scored token ids, ascending, filled up with the lowest unseen ids.
+def frequent_tokens(choices: Iterator[torch.Tensor], size: int, vocab_size: int) -> torch.Tensor | None:
+    """Return the ``size`` tokens that the full model chooses most often, ascending, int64 [size].
 
-    Returns None, for the full vocabulary, if ``size`` is 0 or at least ``vocab_size``.
+    Tokens it never chooses fill up the rest, lowest first. Returns None, for the full vocabulary, if ``size`` is 0 or
+    at least ``vocab_size``.
     """
     if size <= 0 or size >= vocab_size:
         return None
-    counts = Counter(token for w in items for token, scored in zip(w.ids, w.scored, strict=True) if scored)
-    chosen = [token for token, _ in counts.most_common(size)]
-    unseen = (token for token in range(vocab_size) if token not in counts)
-    chosen += [token for token, _ in zip(unseen, range(size - len(chosen)), strict=False)]
-    return torch.tensor(sorted(chosen))
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for chosen in choices:
+        counts += chosen.bincount(minlength=vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def draft_index(draft_vocab: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """Return the inverse of a draft vocabulary: for each token its index, or -1; int64 [vocab_size]."""
+    if draft_vocab is None:
+        return torch.arange(vocab_size)
+    index = torch.full((vocab_size,), -1)
+    index[draft_vocab] = torch.arange(len(draft_vocab))
+    return index
+
+
+class Students(nn.ModuleDict):
+    """The heads in training, by the name ``KIND-LAYER``."""
+
+    @staticmethod
+    def key(kind: HeadKind, exit_layer: int) -> str:
+        """Return a head's name."""
+        return f"{kind}-{exit_layer}"
+
+    def at(self) -> Iterator[tuple[str, int, nn.Module]]:
+        """Yield name, exit layer and module of every head."""
+        for name, module in self.items():
+            yield name, int(name.rpartition("-")[2]), module
 
 
 @dataclass(frozen=True)
-class Target:
-    """What the teacher says, on the draft vocabulary.
+class Classroom:
+    """What training and measuring heads need besides the heads.
 
     Attributes:
-        p: Probabilities renormalised on the draft vocabulary, [num_tokens, draft_vocab_size].
-        mass: The teacher's probability of the draft vocabulary as a whole, [num_tokens].
-        entropy: Of ``p``, in nats, [num_tokens].
+        teacher: The base model.
+        draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size], or None for all.
+        rows: lm_head's rows for them, [draft_vocab_size, hidden_size].
+        index: Token id to draft index, int64 [vocab_size].
+        deep_keys: See ``TrainingOptions``.
     """
 
-    p: torch.Tensor
-    mass: torch.Tensor
-    entropy: torch.Tensor
+    teacher: Teacher
+    draft_vocab: torch.Tensor | None
+    rows: torch.Tensor
+    index: torch.Tensor
+    deep_keys: bool = True
 
+    @staticmethod
+    def of(teacher: Teacher, draft_vocab: torch.Tensor | None, deep_keys: bool = True) -> "Classroom":
+        """Return the classroom for a draft vocabulary."""
+        index = draft_index(draft_vocab, teacher.vocab_size).to(teacher.device)
+        return Classroom(teacher, draft_vocab, teacher.rows(draft_vocab), index, deep_keys)
 
-def draft_target(teacher: torch.Tensor, draft_vocab: torch.Tensor | None) -> Target:
-    """Return the distillation target for the teacher's logits, [num_tokens, vocab_size]."""
-    kept = (teacher if draft_vocab is None else teacher[:, draft_vocab]).float()
-    log_kept = kept.logsumexp(dim=-1)
-    mass = torch.ones_like(log_kept) if draft_vocab is None else (log_kept - teacher.float().logsumexp(dim=-1)).exp()
-    p = (kept - log_kept.unsqueeze(-1)).exp_()
-    return Target(p, mass, log_kept - (p * kept).sum(dim=-1))
+    def logits(self, module: nn.Module, hidden: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        """Return a head's logits on the scored tokens at draft step ``step``, [num_scored, draft_vocab_size].
 
+        Args:
+            module: The head.
+            hidden: Hidden states at its cut, [num_tokens, hidden_size].
+            batch: Where they are from.
+            step: Number of pending tokens before each token.
+        """
+        features = draft_steps(self.teacher, module, hidden, batch, step, self.deep_keys)[-1]
+        return self.teacher.unembed(features[batch.scored], self.rows)
 
-def distillation_loss(student: torch.Tensor, target: Target) -> torch.Tensor:
-    """Return the mean KL(teacher || student) over tokens, in nats.
+    def every_logits(
+        self, module: nn.Module, hidden: torch.Tensor, batch: Batch, steps: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits and features on the scored tokens at draft steps 0 to ``steps - 1``; see ``logits``."""
+        for features in draft_steps(self.teacher, module, hidden, batch, steps - 1, self.deep_keys):
+            yield self.teacher.unembed(features[batch.scored], self.rows), features[batch.scored]
 
-    Every token weighs as much as the teacher's mass on the draft vocabulary, so that tokens which cannot be drafted
-    do not pull on the head.
-
-    Args:
-        student: Logits over the draft vocabulary, [num_tokens, draft_vocab_size].
-        target: The teacher's side.
-    """
-    student = student.float()
-    cross_entropy = student.logsumexp(dim=-1) - (target.p * student).sum(dim=-1)
-    return ((cross_entropy - target.entropy) * target.mass).mean()
-
-
-def _check(exit_layers: Sequence[int], teacher: Teacher) -> list[int]:
-    layers = sorted(set(exit_layers))
-    if not layers or layers[0] < 1 or layers[-1] >= teacher.num_layers:
-        raise EarlyExitError(
-            f"exit layers must lie between 1 and {teacher.num_layers - 1} for this model, got {list(exit_layers)}"
-        )
-    return layers
-
-
-def train_heads(
-    model: str,
-    data: Sequence[Path],
-    out: Path,
-    exit_layers: Sequence[int],
-    options: TrainingOptions = TrainingOptions(),
-    *,
-    name: str | None = None,
-    device: str = "cpu",
-    max_tokens: int | None = None,
-) -> Heads:
-    """Train one head per exit layer on ``data`` and write the checkpoint to ``out``.
-
-    Args:
-        model: Folder or Hub id of the base model.
-        data: Files of text records.
-        out: Folder of the checkpoint.
-        exit_layers: Layers to exit after.
-        options: Training knobs.
-        name: Name of the base model to record, by default ``model``'s last path component.
-        device: Where to train.
-        max_tokens: Stop after about so many scored tokens.
-
-    Raises:
-        EarlyExitError: the model or the exit layers cannot be used.
-    """
-    torch.manual_seed(options.seed)
-    folder = model_folder(model)
-    teacher = Teacher(folder, torch.bfloat16, device)
-    layers = _check(exit_layers, teacher)
-    train, held_out = split(windows(data, teacher.tokenizer, options.window), options.held_out, options.seed)
-    if not train:
-        raise EarlyExitError(f"no text to train on in {', '.join(map(str, data))}")
-    draft_vocab = frequent_tokens(train, options.draft_vocab_size, teacher.vocab_size)
-    modules = {layer: _start_head(teacher, options).to(device) for layer in layers}
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    steps = [b for epoch in range(options.epochs) for b in batches(train, options.batch_tokens, options.seed + epoch)]
-    if max_tokens is not None:
-        steps = _until(steps, max_tokens)
-    trained = sum(sum(w.scored) for step in steps for w in step)
-    if parameters:
-        _fit(teacher, modules, draft_vocab, steps, options)
-    heads = Heads(
-        HeadsConfig(
-            base_model=name or Path(model).name,
-            fingerprint=fingerprint(folder),
-            hidden_size=teacher.hidden_size,
-            num_layers=teacher.num_layers,
-            vocab_size=teacher.vocab_size,
-            draft_vocab_size=teacher.vocab_size if draft_vocab is None else len(draft_vocab),
-            exits=tuple(
-                ExitHeadConfig(
-                    exit_layer=layer,
-                    kind=options.kind,
-                    intermediate_size=options.intermediate_size if options.kind in ("mlp", "tail") else 0,
-                    query_size=teacher.query_size if options.kind == "tail" else 0,
-                )
-                for layer in layers
-            ),
-            provenance={
-                "trained": date.today().isoformat(),
-                "scored_tokens": trained,
-                "data": [path.name for path in data],
-                "options": asdict(options),
-                "held_out_agreement": agreement(teacher, modules, draft_vocab, held_out, options.batch_tokens),
-                "versions": {package: version(package) for package in ("vllm-earlyexit", "torch", "transformers")},
-            },
-        ),
-        modules,
-        draft_vocab,
-    )
-    heads.save(out)
-    return heads
-
-
-def _start_head(teacher: Teacher, options: TrainingOptions) -> torch.nn.Module:
-    head = build_head(options.kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
-    if isinstance(head, TailHead):
-        teacher.start_as_last_layer(head)
-    return head
-
-
-def _until(steps: list[list[Window]], max_tokens: int) -> list[list[Window]]:
-    total = 0
-    for n, step in enumerate(steps):
-        total += sum(sum(w.scored) for w in step)
-        if total >= max_tokens:
-            return steps[: n + 1]
-    return steps
-
-
-def _fit(
-    teacher: Teacher,
-    modules: dict[int, torch.nn.Module],
-    draft_vocab: torch.Tensor | None,
-    steps: list[list[Window]],
-    options: TrainingOptions,
-) -> None:
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01)
-    warm = max(1, int(options.warmup * len(steps)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min(1.0, (n + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * n / len(steps)))),
-    )
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    smooth = dict.fromkeys(modules, math.nan)
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(steps), losses="")
-        for n, step in enumerate(steps):
-            seen = teacher.observe(step, list(modules), pending=n % PENDING_DEPTHS)
-            target = draft_target(seen.logits, draft_vocab)
-            loss = torch.zeros((), device=teacher.device)
-            for layer, module in modules.items():
-                with torch.autocast(teacher.device, torch.bfloat16):
-                    logits = teacher.unembed(seen.features(layer, module), draft_vocab)
-                part = distillation_loss(logits, target)
-                loss = loss + part
-                value = part.item()
-                smooth[layer] = value if math.isnan(smooth[layer]) else 0.95 * smooth[layer] + 0.05 * value
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses = "KL " + ", ".join(f"layer {layer}: {value:.3f}" for layer, value in smooth.items())
-            progress.update(bar, advance=1, losses=losses)
-            if not progress.console.is_terminal and n % 50 == 49:
-                progress.console.print(f"step {n + 1} of {len(steps)}: {losses}")
+    def agrees(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return whether head and full model choose alike, bool [num_scored]."""
+        return logits.argmax(dim=-1) == self.index[batch.top_ids[:, 0].long()]
 
 
 @torch.no_grad()
 def agreement(
-    teacher: Teacher,
-    modules: dict[int, torch.nn.Module],
-    draft_vocab: torch.Tensor | None,
-    held_out: list[Window],
-    batch_tokens: int,
-) -> dict[str, float]:
-    """Return for each exit layer the share of held-out tokens on which head and full model choose alike."""
-    hits, tokens = dict.fromkeys(modules, 0), 0
-    for n, step in enumerate(batches(held_out, batch_tokens, 0)):
-        seen = teacher.observe(step, list(modules), pending=n % PENDING_DEPTHS)
-        target = seen.logits.argmax(dim=-1)
-        tokens += len(target)
-        for layer, module in modules.items():
-            choice = teacher.unembed(seen.features(layer, module), draft_vocab).argmax(dim=-1)
-            choice = choice if draft_vocab is None else draft_vocab[choice]
-            hits[layer] += int((choice == target).sum())
-    return {str(layer): round(hits[layer] / tokens, 4) for layer in modules}
+    classroom: Classroom, students: Students, packs: Packs, steps: int = MEASURED_STEPS
+) -> dict[str, list[float]]:
+    """Return for each head the share of scored tokens on which it chooses as the full model, per draft position."""
+    hits = {name: [0] * steps for name in students}
+    total = 0
+    for n in range(len(packs)):
+        batch = on_device(packs[n], classroom.teacher.device)
+        total += len(batch.top_ids)
+        with torch.autocast(classroom.teacher.device, torch.bfloat16):
+            for name, layer, module in students.at():
+                for step, (logits, _) in enumerate(classroom.every_logits(module, batch.hidden[layer], batch, steps)):
+                    hits[name][step] += int(classroom.agrees(logits, batch).sum())
+    return {name: [round(count / total, 4) for count in counts] for name, counts in hits.items()}
+
+
+def train_heads(
+    model: str,
+    records: Sequence[Path],
+    out: Path,
+    exit_layers: Sequence[int] = (),
+    options: TrainingOptions = TrainingOptions(),
+    *,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> dict[HeadKind, Heads]:
+    """Train one head of every kind at every exit on ``records`` and write the checkpoint to ``out``.
+
+    With several kinds, each kind's checkpoint goes to a folder of its name in ``out``. An interrupted run goes on when
+    it is started again with the same options. A checkpoint appears only when training is complete.
+
+    Args:
+        model: Folder or Hub id of the base model.
+        records: Records folders of the same model.
+        out: Folder of the checkpoint.
+        exit_layers: Layers to exit after, by default all that were recorded.
+        options: Training knobs.
+        device: Where to train.
+        console: Where progress is reported.
+
+    Raises:
+        EarlyExitError: the records do not fit the model or the options, or training diverged.
+    """
+    console = console or Console()
+    folder = model_folder(model)
+    opened = Records(records, lambda message: console.print(message, soft_wrap=True))
+    layers = _check(opened.config, fingerprint(folder), model, exit_layers, options)
+    read = (*layers, opened.config.num_layers - 1)
+    train = opened.packs(options.batch_tokens, read, options.held_out, False)
+    held_out = opened.packs(options.batch_tokens, read, options.held_out, True)
+    if not len(train) or not len(held_out):
+        raise EarlyExitError(
+            f"{', '.join(map(str, records))}: too few documents to train on some and hold out others; collect more"
+        )
+    teacher = Teacher(folder, torch.bfloat16, device)
+    draft_vocab = frequent_tokens(
+        opened.choices(options.held_out, False), options.draft_vocab_size, opened.config.vocab_size
+    )
+    classroom = Classroom.of(teacher, draft_vocab, options.deep_keys)
+    torch.manual_seed(options.seed)
+    students = _start(classroom, layers, train, options).to(device)
+    console.print(_statement(teacher, students, train, options), soft_wrap=True)
+    measured = held_out.limited(MEASURED_TOKENS)
+    fitted = _fit(classroom, students, train, measured, out, options, _identity(opened.config, layers, options))
+    final = agreement(classroom, students, held_out)
+    covered = _coverage(classroom, opened, options)
+    provenance = {
+        "trained": date.today().isoformat(),
+        "records": {"folders": [path.name for path in records], "tokens": opened.tokens, "top_k": opened.config.top_k},
+        "scored_tokens": fitted.tokens,
+        "seconds": fitted.curve[-1]["seconds"],
+        "options": asdict(options),
+        "draft_vocab_coverage": covered,
+        "curve": fitted.curve,
+        "versions": {package: version(package) for package in ("vllm-earlyexit", "torch", "transformers")},
+    }
+    written: dict[HeadKind, Heads] = {}
+    for kind in options.kinds:
+        target = out if len(options.kinds) == 1 else out / kind
+        agreed = {str(layer): final[Students.key(kind, layer)] for layer in layers}
+        written[kind] = _checkpoint(classroom, students, kind, layers, opened.config, options)
+        written[kind].config.provenance.update(provenance | {"held_out_agreement": agreed})
+        written[kind].save(target, options.storage)
+    learning_curve(fitted.curve, out / "learning-curve.png")
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return written
+
+
+def _check(
+    config: RecordsConfig, found: str, model: str, exit_layers: Sequence[int], options: TrainingOptions
+) -> tuple[int, ...]:
+    if config.fingerprint != found:
+        raise EarlyExitError(
+            f"these records are of {config.base_model!r}, not of {model!r}; collect records of it first"
+        )
+    layers = tuple(sorted(set(exit_layers))) or config.exit_layers
+    missing = [layer for layer in layers if layer not in config.exit_layers]
+    if missing:
+        kept = ", ".join(map(str, config.exit_layers))
+        raise EarlyExitError(f"the records have no hidden states after layer {missing[0]}; they have {kept}")
+    if options.top_k is not None and not 0 < options.top_k <= config.top_k:
+        raise EarlyExitError(f"the records keep {config.top_k} target probabilities a token, not {options.top_k}")
+    return layers
+
+
+def _start(classroom: Classroom, layers: Sequence[int], train: Packs, options: TrainingOptions) -> Students:
+    """Return heads that start close to the model, see ``Teacher.start``."""
+    teacher, students = classroom.teacher, Students()
+    first: list[Batch] = []
+    while len(first) < len(train) and sum(len(batch.ids) for batch in first) < START_TOKENS:
+        first.append(train[len(first)])
+    sample = concatenate(first)
+    for kind in options.kinds:
+        for layer in layers:
+            head = build_head(kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
+            teacher.start(head, layer, sample)
+            students[Students.key(kind, layer)] = head
+    return students
+
+
+def _statement(teacher: Teacher, students: Students, train: Packs, options: TrainingOptions) -> str:
+    """Say before training what it will take; see ``memory_needed``."""
+    scored = sum(train.scored_tokens())
+    parameters = sum(p.numel() for p in students.parameters())
+    return (
+        f"training {', '.join(students)}: {parameters / 1e6:.1f} M parameters on {scored / 1e6:.2f} M tokens, "
+        f"needs up to {memory_needed(teacher, students, options) / 1e9:.1f} GB of memory"
+    )
+
+
+def memory_needed(teacher: Teacher, students: Students, options: TrainingOptions) -> int:
+    """Return an upper estimate of the bytes that training takes, without what PyTorch itself needs (about 1 GB).
+
+    The base model; weights, gradients and two Adam moments of the heads, twice while a checkpoint is written; and the
+    logits of a batch over the draft vocabulary in bfloat16 and float32, forward and backward, one head at a time.
+    """
+    base = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+    heads = sum(p.numel() for p in students.parameters())
+    drafted = options.draft_vocab_size or teacher.vocab_size
+    logits = options.batch_tokens * drafted * (2 + 4 + 4 + 4 + 2)
+    activations = options.batch_tokens * (20 * teacher.hidden_size + 8 * options.intermediate_size) * 4
+    return 1_000_000_000 + base + heads * 24 + len(students) * (logits + activations)
+
+
+def _identity(config: RecordsConfig, layers: Sequence[int], options: TrainingOptions) -> dict[str, Any]:
+    """What has to be the same for an interrupted run to go on."""
+    return json.loads(json.dumps({"records": config.model_dump(), "layers": layers, "options": asdict(options)}))
+
+
+def _coverage(classroom: Classroom, records: Records, options: TrainingOptions) -> float:
+    """Return the share of held-out first choices that can be drafted."""
+    index = classroom.index.cpu()
+    inside = [(index[chosen] >= 0).float() for chosen in records.choices(options.held_out, True)]
+    return round(torch.cat(inside).mean().item(), 4)
+
+
+def _checkpoint(
+    classroom: Classroom,
+    students: Students,
+    kind: HeadKind,
+    layers: Sequence[int],
+    config: RecordsConfig,
+    options: TrainingOptions,
+) -> Heads:
+    draft_vocab = classroom.draft_vocab
+    attends = kind in ATTENDING
+    return Heads(
+        HeadsConfig(
+            base_model=config.base_model,
+            fingerprint=config.fingerprint,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            vocab_size=config.vocab_size,
+            draft_vocab_size=config.vocab_size if draft_vocab is None else len(draft_vocab),
+            exits=tuple(
+                ExitHeadConfig(
+                    exit_layer=layer,
+                    kind=kind,
+                    intermediate_size=options.intermediate_size if attends or kind == "mlp" else 0,
+                    query_size=classroom.teacher.query_size if attends else 0,
+                )
+                for layer in layers
+            ),
+        ),
+        {layer: students[Students.key(kind, layer)] for layer in layers},
+        draft_vocab,
+    )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training run did.
+
+    Attributes:
+        tokens: Scored tokens trained on.
+        curve: Held-out agreement along the way, a list of ``{"tokens": …, "seconds": …, "agreement": {head: [per draft
+            position]}}``; seconds include measuring and what was spent before an interruption.
+    """
+
+    tokens: int
+    curve: list[dict[str, Any]]
+
+
+def _fit(
+    classroom: Classroom,
+    students: Students,
+    train: Packs,
+    measured: Packs,
+    out: Path,
+    options: TrainingOptions,
+    identity: dict[str, Any],
+) -> Fitted:
+    """Train ``students`` in place with transformers' Trainer, keeping its checkpoints in ``out`` meanwhile."""
+    first = agreement(classroom, students, measured)
+    if not any(p.requires_grad for p in students.parameters()):
+        return Fitted(0, [{"tokens": 0, "seconds": 0, "agreement": first}])
+    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    sizes = train.scored_tokens()
+    steps = math.ceil(options.epochs * len(train))
+    if options.max_tokens is not None:
+        steps = min(steps, math.ceil(options.max_tokens / (sum(sizes) / len(sizes))))
+    every = max(1, steps // options.evaluations)
+    tokens_per_step = sum(sizes) / len(sizes)
+    loss_of = LOSSES[options.loss]
+
+    class Distillation(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+            batch = on_device(inputs["batch"], classroom.teacher.device)
+            step = DRAFT_STEPS[self.state.global_step % len(DRAFT_STEPS)]
+            target = Target(batch.top_ids[:, : options.top_k], batch.top_p[:, : options.top_k], classroom.index)
+            # The Trainer's own autocast wraps a model's forward, which these heads do not have.
+            with torch.autocast(classroom.teacher.device, torch.bfloat16):
+                losses = [
+                    loss_of(classroom.logits(module, batch.hidden[layer], batch, step), target)
+                    for _, layer, module in students.at()
+                ]
+            loss = torch.stack(losses).sum()
+            if not torch.isfinite(loss):
+                raise EarlyExitError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}: training diverged or a record is "
+                    "damaged; nothing was written, try a smaller --learning-rate"
+                )
+            return loss
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            result = agreement(classroom, students, measured)
+            spent = round(time.monotonic() - started)
+            curve.append(
+                {"tokens": round(self.state.global_step * tokens_per_step), "seconds": spent, "agreement": result}
+            )
+            metrics = {f"eval_{name}": values[0] for name, values in result.items()}
+            metrics["eval_agreement"] = sum(metrics.values()) / len(metrics)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            (out / CHECKPOINTS / "curve.json").write_text(json.dumps(curve))
+            return metrics
+
+    folder = out / CHECKPOINTS
+    last = _resumable(folder, identity, get_last_checkpoint)
+    curve: list[dict[str, Any]] = [{"tokens": 0, "seconds": 0, "agreement": first}]
+    if last is not None:
+        done = json.loads((Path(last) / "trainer_state.json").read_text())["global_step"]
+        saved = json.loads((folder / "curve.json").read_text())
+        curve = [point for point in saved if point["tokens"] <= round(done * tokens_per_step)]
+    started = time.monotonic() - curve[-1]["seconds"]
+    trainer = Distillation(
+        model=students,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            learning_rate=options.learning_rate,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            warmup_steps=max(1, round(options.warmup * steps)),
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.02},
+            use_cpu=classroom.teacher.device == "cpu",
+            eval_strategy="steps",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="agreement",
+            greater_is_better=True,
+            logging_steps=max(1, every // 4),
+            seed=options.seed,
+            full_determinism=options.deterministic,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            report_to="none",
+        ),
+        train_dataset=train,
+        eval_dataset=measured,
+        data_collator=lambda batches: {"batch": batches[0]},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=options.patience)],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    return Fitted(round(trainer.state.global_step * tokens_per_step), curve)
+
+
+def _resumable(folder: Path, identity: dict[str, Any], get_last_checkpoint: Any) -> str | None:
+    """Return the newest whole checkpoint of an interrupted run with the same options, or None to start anew.
+
+    Raises:
+        EarlyExitError: there is an interrupted run with other options.
+    """
+    known = folder / "identity.json"
+    if known.exists() and json.loads(known.read_text()) != identity:
+        raise EarlyExitError(
+            f"{folder} holds an interrupted run with other options or records; delete it, or run with the same options"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(identity))
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").exists():  # the Trainer writes it last
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(str(folder))

@@ -1,0 +1,41 @@
+"""Where a result comes from: command, commit, versions, CPU."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vllm_earlyexit.plugin import installed_vllm
+
+
+def provenance(command: str = "vllm-earlyexit") -> dict[str, Any]:
+    """Return what a result file says about the run that made it; ``command`` is how it was called, less arguments."""
+    return {
+        "command": " ".join([command, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in ("vllm-earlyexit", "torch", "transformers")}
+        | {"vllm": installed_vllm(), "python": platform.python_version()},
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
