@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.results import write_result
+from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.fingerprint import model_folder
 from vllm_earlyexit.training.calibrate import trace_heads
 from vllm_earlyexit.training.train import TrainingOptions, train_heads
@@ -79,7 +80,7 @@ def main(
             records = [folders[name] for name in row.data]
             heads = train_heads(model, records, work, [exit_layer], replace(row.options, seed=seed))
             seconds.append(round(time.monotonic() - started))
-            traces, _ = trace_heads(model_folder(model), work, [test], every_document=True, device="cpu")
+            traces, _ = trace_heads(model_folder(model), load_heads(work), [test], every_document=True, device="cpu")
             agreed.append([round(trace.agrees.double().mean().item(), 4) for trace in traces[exit_layer]])
             provenance = next(iter(heads.values())).config.provenance
         table.append(

@@ -24,8 +24,9 @@ def main(
     out: Annotated[Path, typer.Option()],
 ) -> None:
     """Measure agreement per draft position, and whether thresholds and acceptance maps keep their promise."""
-    config = load_heads(heads).config
-    traces, _ = trace_heads(model_folder(model), heads, records, every_document=True, device="cpu")
+    loaded = load_heads(heads)
+    config = loaded.config
+    traces, _ = trace_heads(model_folder(model), loaded, records, every_document=True, device="cpu")
     exits = []
     for exit_config in config.exits:
         here, calibration = traces[exit_config.exit_layer], exit_config.calibration

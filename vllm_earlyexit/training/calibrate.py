@@ -11,6 +11,7 @@ from scipy.optimize import isotonic_regression
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import (
     Calibration,
+    Heads,
     HeadsConfig,
     PositionCalibration,
     Recommendation,
@@ -24,11 +25,10 @@ from vllm_earlyexit.training.plots import reliability, risk_coverage
 from vllm_earlyexit.training.signals import compare
 from vllm_earlyexit.training.teacher import Teacher
 from vllm_earlyexit.training.traces import Trace, observe
-from vllm_earlyexit.training.train import Classroom
+from vllm_earlyexit.training.train import MEASURED_STEPS, Classroom
 
 ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DRAFT_LENGTHS = range(1, 9)
-POSITIONS = 4
 KNOTS = 32
 STEP_OVERHEAD = 0.4
 """Scheduler, sampler and interpreter time of one engine step, in full forward passes of a small model on a CPU."""
@@ -237,7 +237,7 @@ def calibrate_heads(
     folder = model_folder(model)
     if heads.config.fingerprint != fingerprint(folder):
         raise EarlyExitError(f"the heads in {heads_folder} were trained for {heads.config.base_model!r}, not {model!r}")
-    traces, layer_size = trace_heads(folder, heads_folder, records, every_document=every_document, device=device)
+    traces, layer_size = trace_heads(folder, heads, records, every_document=every_document, device=device)
     exits = []
     for exit_config in heads.config.exits:
         here = traces[exit_config.exit_layer]
@@ -261,14 +261,13 @@ def calibrate_heads(
 
 
 def trace_heads(
-    folder: Path, heads_folder: Path, records: Sequence[Path], *, every_document: bool, device: str
+    folder: Path, heads: Heads, records: Sequence[Path], *, every_document: bool, device: str
 ) -> tuple[dict[int, list[Trace]], int]:
     """Return the heads' traces per exit layer and draft position, and the number of parameters of a decoder layer.
 
     Raises:
         EarlyExitError: the records are of another model or cut elsewhere, or nothing is held out.
     """
-    heads = load_heads(heads_folder)
     opened = Records(records)
     layers = tuple(heads.modules)
     missing = set(layers) - set(opened.config.exit_layers)
@@ -283,4 +282,4 @@ def trace_heads(
         raise EarlyExitError(f"no document of {', '.join(map(str, records))} is held out; collect more")
     teacher = Teacher(folder, torch.bfloat16, device)
     heads.to(device)
-    return observe(Classroom.of(teacher, heads.draft_vocab), heads, packs, POSITIONS), teacher.layer_size
+    return observe(Classroom.of(teacher, heads.draft_vocab), heads, packs, MEASURED_STEPS), teacher.layer_size

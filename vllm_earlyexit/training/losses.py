@@ -15,7 +15,7 @@ class LogProbabilities(torch.autograd.Function):
     """Log-probabilities of a few tokens of each row: a log-softmax that is never written out.
 
     ``apply(logits, index)`` takes logits [num_tokens, size] of any float type and indices int64 [num_tokens, top_k],
-    and returns float32 [num_tokens, top_k]. Passes over whole float32 logits took a third of a training step.
+    and returns float32 [num_tokens, top_k].
     """
 
     @staticmethod

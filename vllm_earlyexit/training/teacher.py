@@ -74,7 +74,7 @@ class Teacher:
     def __init__(self, folder: Path, dtype: torch.dtype, device: str):
         from transformers import AutoModelForCausalLM
 
-        self.folder, self.device = folder, device
+        self.device = device
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self._inner: Any = self.model.get_decoder()
@@ -155,11 +155,11 @@ class Teacher:
             target = batch.final / self.norm.get_parameter("weight")
         else:
             return
-        inputs = [batch.hidden[exit_layer].float()]
+        inputs, first = [batch.hidden[exit_layer].float()], first_tokens(batch)
         recurrence = head.recurrence if isinstance(head, TailHead) else None
         if recurrence is not None:
-            inputs.append(previous_final(batch).float())
-        size, known = self.hidden_size, first_tokens(batch).logical_not() & batch.scored
+            inputs.append(shifted(batch.final, first).float())
+        size, known = self.hidden_size, first.logical_not() & batch.scored
         design = torch.cat([*inputs, torch.ones(len(target), 1)], dim=1)[known]
         gram = design.T @ design
         ridge = 10 * design.pow(2).mean() * torch.eye(design.shape[1])
@@ -196,11 +196,6 @@ def first_tokens(batch: Batch) -> torch.Tensor:
     return first
 
 
-def previous_final(batch: Batch) -> torch.Tensor:
-    """Return each token's predecessor's final hidden state, zeros at the start of a window, as ``batch.final``."""
-    return shifted(batch.final, first_tokens(batch))
-
-
 def shifted(states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """Return each token's predecessor's row of ``states`` [num_tokens, ...], zeros where ``first``."""
     return states.roll(1, dims=0).masked_fill(first.to(states.device).unsqueeze(-1), 0)
@@ -225,7 +220,8 @@ def draft_steps(
     Returns:
         For each step the head's features after the final norm, [num_tokens, hidden_size].
     """
-    last, first, previous = teacher.last_layer(batch, deep_keys), first_tokens(batch), previous_final(batch)
+    last, first = teacher.last_layer(batch, deep_keys), first_tokens(batch)
+    previous = shifted(batch.final, first)
     learning, steps = torch.is_grad_enabled(), []
     for step in range(pending + 1):
         with torch.set_grad_enabled(learning and step == pending):
