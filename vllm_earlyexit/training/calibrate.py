@@ -261,9 +261,23 @@ def calibrate_heads(
 
 
 def trace_heads(
-    folder: Path, heads: Heads, records: Sequence[Path], *, every_document: bool, device: str
+    folder: Path,
+    heads: Heads,
+    records: Sequence[Path],
+    *,
+    every_document: bool,
+    device: str,
+    tokens: int | None = None,
 ) -> tuple[dict[int, list[Trace]], int]:
     """Return the heads' traces per exit layer and draft position, and the number of parameters of a decoder layer.
+
+    Args:
+        folder: The base model's.
+        heads: Its heads.
+        records: Records folders of the same model.
+        every_document: Use all documents, not only those that were held out from training.
+        device: Where to run.
+        tokens: Use about so many scored tokens, spread over the records; None for all.
 
     Raises:
         EarlyExitError: the records are of another model or cut elsewhere, or nothing is held out.
@@ -278,6 +292,8 @@ def trace_heads(
         )
     share = 1.0 if every_document else heads.config.provenance["options"]["held_out"]
     packs = opened.packs(2048, (*layers, opened.config.num_layers - 1), share, True)
+    if tokens is not None:
+        packs = packs.limited(tokens)
     if not len(packs):
         raise EarlyExitError(f"no document of {', '.join(map(str, records))} is held out; collect more")
     teacher = Teacher(folder, torch.bfloat16, device)
