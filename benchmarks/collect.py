@@ -49,9 +49,10 @@ def one(model: str, data: Path, tokens: int, config: str) -> None:
     windows = windows_of(model, data, tokens)
     warm, size = windows[:20], sum(len(window.ids) for window in windows)
     if config == "collect":
-        from vllm_earlyexit.training.collect import CollectOptions, ServingSource, records_config
+        from vllm_earlyexit.training.collect import records_config
         from vllm_earlyexit.training.data import grouped
         from vllm_earlyexit.training.shards import open_records, write_shard
+        from vllm_earlyexit.training.sources import CollectOptions, ServingSource
 
         options = CollectOptions()
         with tempfile.TemporaryDirectory() as folder:

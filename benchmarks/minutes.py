@@ -2,8 +2,8 @@
 
     python -m benchmarks.minutes MODEL --prompts FILE.jsonl --test TEST --reference RESULT.json --out RESULT.json
 
-TEST is a folder of ``vllm-earlyexit collect --sampled 0`` over test prompts, RESULT.json of ``benchmarks.heads`` on the same
-records. Collecting and training run as the commands of a user, in processes of their own; their peak memory is the system's.
+TEST is a folder of ``vllm-earlyexit collect --sampled 0`` over test prompts, the reference a result of
+``benchmarks.heads`` on the same records. Collecting and training run as a user's commands, in processes of their own.
 """
 
 import json

@@ -60,7 +60,8 @@ def collect(
     seed: int = 0,
 ) -> None:
     """Let the model answer prompts and record what it computes. A stopped run goes on where it stopped."""
-    from vllm_earlyexit.training.collect import CollectOptions, collect_records
+    from vllm_earlyexit.training.collect import collect_records
+    from vllm_earlyexit.training.sources import CollectOptions
 
     options = CollectOptions(
         window=window,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import load_heads, read_config
 from vllm_earlyexit.training.packs import Records
 from vllm_earlyexit.training.shards import Batch
-from vllm_earlyexit.training.train import TrainingOptions, train_heads
+from vllm_earlyexit.training.train import TrainingOptions, train_heads, training_identity
 
 QUICK = ("--draft-vocab-size", "48", "--intermediate-size", "96", "--batch-tokens", "256", "--held-out", "0.2")
 
@@ -141,6 +142,7 @@ def test_collecting_goes_on_where_it_stopped(model: Path, text: Path, tmp_path: 
     out = tmp_path / "records"
     collect = ("collect", model, "--engine", "transformers", "--data", text, "--out", out, "--exit-layer", "2")
     run(*collect, "--max-tokens", "1000")
+    assert 5 < sum(len(shard.lengths) for shard in Records([out]).shards) < 20
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     run(*collect)
     assert all((out / name).read_bytes() == content for name, content in first.items())
@@ -196,6 +198,57 @@ def test_an_interrupted_training_goes_on(model: Path, records: Path, tmp_path: P
     assert curves[0] == curves[1]
     for ours, theirs in zip(whole.modules[2].parameters(), halved.modules[2].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_training_stops_early_and_keeps_the_best(model: Path, records: Path, tmp_path: Path):
+    options = TrainingOptions(
+        intermediate_size=96, draft_vocab_size=48, batch_tokens=256, held_out=0.2, epochs=40, evaluations=40, patience=2
+    )
+    config = train_heads(str(model), [records], tmp_path / "heads", options=options)["recurrent"].config
+    curve = [point["agreement"]["recurrent-2"][0] for point in config.provenance["curve"]]
+    assert len(curve) < 41
+    best = max(range(1, len(curve)), key=curve.__getitem__)
+    assert best == len(curve) - 3
+    assert config.provenance["held_out_agreement"]["2"][0] == pytest.approx(curve[best], abs=0.01)
+
+
+def test_deterministic_training_repeats_itself(model: Path, records: Path, tmp_path: Path):
+    train = ("train", model, "--records", records, *QUICK, "--max-tokens", "3000", "--deterministic")
+    run(*train, "--out", tmp_path / "a", "--seed", "5")
+    run(*train, "--out", tmp_path / "b", "--seed", "5")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_records_that_changed_do_not_continue_a_training(model: Path, records: Path, text: Path, tmp_path: Path):
+    options = TrainingOptions(intermediate_size=96, draft_vocab_size=48, batch_tokens=256, held_out=0.2)
+    before = training_identity(Records([records]), [2], options)
+    assert before == training_identity(Records([records]), [2], options)
+    out = tmp_path / "records"
+    collect = ("collect", model, "--engine", "transformers", "--data", text, "--out", out, "--exit-layer", "2")
+    run(*collect, "--max-tokens", "1000")
+    assert before != training_identity(Records([out]), [2], options)
+
+
+def test_training_fits_into_the_memory_it_states(model: Path, records: Path, tmp_path: Path):
+    """The process may not allocate more than what training says it needs up to."""
+    script = (
+        "import resource, sys; from pathlib import Path; from vllm_earlyexit.training.train import *;"
+        "limit = int(sys.argv[4]); resource.setrlimit(resource.RLIMIT_DATA, (limit, limit));"
+        "train_heads(sys.argv[1], [Path(sys.argv[2])], Path(sys.argv[3]),"
+        " options=TrainingOptions(max_tokens=20_000, epochs=9, held_out=0.2))"
+    )
+
+    def trained(limit: float) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", script, str(model), str(records), str(tmp_path / "heads"), str(int(limit))]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = trained(1.5e9)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"needs up to ([0-9.]+) GB", done.stdout)
+    assert said is not None
+    assert float(said[1]) * 1e9 >= 1.5e9
+    assert trained(0.2e9).returncode != 0  # the limit is one
 
 
 def test_a_loss_that_is_not_a_number_is_said(

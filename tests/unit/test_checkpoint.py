@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def test_heads_come_back_as_saved(heads: Path):
     assert load_heads(again).config == loaded.config
     assert loaded.draft_vocab is not None
     assert loaded.draft_vocab.tolist() == [1, 2, 3, 30, 31]
+
+
+def test_loading_needs_neither_transformers_nor_vllm(heads: Path):
+    script = (
+        "import sys; sys.modules['transformers'] = sys.modules['vllm'] = None;"
+        "from pathlib import Path; from vllm_earlyexit.heads.checkpoint import load_heads;"
+        "print(*load_heads(Path(sys.argv[1])).modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(heads)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(layer) for layer in load_heads(heads).modules]
 
 
 def test_int8_storage_is_small_and_close(tmp_path: Path):

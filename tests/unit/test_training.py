@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.training.attention import attend, packed_bias, visible
 from vllm_earlyexit.training.calibrate import AcceptanceMap, expected_calibration_error, replay, thresholds
+from vllm_earlyexit.training.classroom import draft_index, frequent_tokens
 from vllm_earlyexit.training.data import Window, cut, grouped, tokenize
 from vllm_earlyexit.training.losses import LOSSES, LogProbabilities, Target, ce, kl, tv
 from vllm_earlyexit.training.records import read_records
 from vllm_earlyexit.training.signals import compare, risk_coverage_area
 from vllm_earlyexit.training.targets import top_targets
 from vllm_earlyexit.training.traces import Trace
-from vllm_earlyexit.training.train import draft_index, frequent_tokens
 
 
 class Characters:
@@ -202,6 +202,15 @@ def test_thresholds_keep_their_promise_and_are_the_largest_that_do(data: st.Data
         assert math.isclose(threshold.coverage, float(kept.double().mean()), abs_tol=1e-4)
         for larger in entropy[entropy > threshold.entropy + 1e-5].tolist():
             assert agrees[entropy <= larger].double().mean() < threshold.accuracy
+
+
+def test_a_threshold_is_measured_on_documents_it_was_not_fitted_on():
+    # Documents 0 and 2 agree below one nat, 1 and 3 never: fitted on one half, a threshold fails on the other.
+    entropy = torch.tensor([0.5, 2.0] * 4)
+    agrees = torch.tensor([True, False, False, False] * 2)
+    (threshold,) = thresholds(trace_of(entropy, agrees, [2, 2, 2, 2]), (0.5,))
+    assert threshold.entropy == 0.5
+    assert threshold.measured == 0.0
 
 
 def test_replay_of_a_known_stretch():

@@ -33,6 +33,10 @@ class Threshold(_Part):
     accuracy: Annotated[float, Field(gt=0, lt=1)]
     entropy: Annotated[float, Field(ge=0, description="nats; draft while the head's entropy is at most this")]
     coverage: Annotated[float, Field(ge=0, le=1, description="share of held-out tokens at or below the entropy")]
+    measured: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="accuracy on documents that such a threshold was not fitted on"),
+    ] = None
 
 
 class PositionCalibration(_Part):

@@ -20,12 +20,12 @@ from vllm_earlyexit.heads.checkpoint import (
     write_config,
 )
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
+from vllm_earlyexit.training.classroom import MEASURED_STEPS, Classroom
 from vllm_earlyexit.training.packs import Records
 from vllm_earlyexit.training.plots import reliability, risk_coverage
 from vllm_earlyexit.training.signals import compare
 from vllm_earlyexit.training.teacher import Teacher
 from vllm_earlyexit.training.traces import Trace, observe
-from vllm_earlyexit.training.train import MEASURED_STEPS, Classroom
 
 ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DRAFT_LENGTHS = range(1, 9)
@@ -36,27 +36,45 @@ DRAFT_OVERHEAD = 0.25
 """The same for one draft step, beyond the weights it reads: 14 ms where a plain step takes 35 (the demo, float32)."""
 
 
-def thresholds(trace: Trace, accuracies: Sequence[float] = ACCURACIES) -> tuple[Threshold, ...]:
-    """Return for each accuracy the largest entropy at or below which head and full model agree at least so often.
+def entropy_threshold(entropy: np.ndarray, agrees: np.ndarray, accuracy: float) -> float | None:
+    """Return the largest entropy at or below which head and full model agree at least so often.
 
     Tokens are sorted by entropy; the accuracy of the surest n is a running mean, and the last n at which it is still
-    high enough gives the threshold. Accuracies that not even the surest 1 % reach are left out.
+    high enough gives the threshold. An accuracy that not even the surest 1 % reach has none.
     """
-    order = trace.entropy.argsort()
-    sorted_entropy = trace.entropy[order]
-    running = trace.agrees[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
-    least = max(1, len(order) // 100)
+    order = np.argsort(entropy, kind="stable")
+    running = agrees[order].cumsum() / np.arange(1, len(order) + 1)
+    good = np.flatnonzero(running >= accuracy)
+    if not len(good) or good[-1] + 1 < max(1, len(order) // 100):
+        return None
+    return float(entropy[order[good[-1]]])
+
+
+def thresholds(trace: Trace, accuracies: Sequence[float] = ACCURACIES) -> tuple[Threshold, ...]:
+    """Return the threshold of each accuracy, and the accuracy that it has on documents it is not fitted on.
+
+    The latter is measured on either half of the documents with the threshold of the other half.
+    """
+    entropy, agrees, half = trace.entropy.numpy(), trace.agrees.numpy(), folds(trace)
     found = []
     for accuracy in accuracies:
-        good = (running >= accuracy).nonzero().squeeze(-1)
-        if len(good) and (last := int(good[-1])) + 1 >= least:
-            found.append(
-                Threshold(
-                    accuracy=accuracy,
-                    entropy=round(float(sorted_entropy[last]), 5),
-                    coverage=round((last + 1) / len(order), 4),
-                )
+        limit = entropy_threshold(entropy, agrees, accuracy)
+        if limit is None:
+            continue
+        kept = []
+        for side in (half, ~half):
+            elsewhere = entropy_threshold(entropy[~side], agrees[~side], accuracy) if (~side).any() else None
+            if elsewhere is not None:
+                kept.append(agrees[side][entropy[side] <= elsewhere])
+        measured = np.concatenate(kept) if kept else np.array([])
+        found.append(
+            Threshold(
+                accuracy=accuracy,
+                entropy=round(limit, 5),
+                coverage=round(float((entropy <= limit).mean()), 4),
+                measured=round(float(measured.mean()), 4) if len(measured) else None,
             )
+        )
     return tuple(found)
 
 

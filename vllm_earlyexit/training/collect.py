@@ -1,14 +1,12 @@
 """Let a model answer prompts and record what it computes on the way, as training data for its exit heads."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -16,49 +14,11 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 from vllm_earlyexit.training.data import Window, as_messages, cut, grouped, tokenize
 from vllm_earlyexit.training.records import read_records, sized_records
-from vllm_earlyexit.training.shards import (
-    Batch,
-    RecordsConfig,
-    Shard,
-    concatenate,
-    open_records,
-    shards,
-    window_key,
-    write_shard,
-)
-from vllm_earlyexit.training.targets import top_targets
+from vllm_earlyexit.training.shards import RecordsConfig, Shard, open_records, shards, window_key, write_shard
+from vllm_earlyexit.training.sources import CollectOptions, ServingSource, Source, TransformersSource
 
 Item = TypeVar("Item")
 ANSWERS_FILE = "answers.jsonl"
-MODEL_LENGTH = 4096
-KV_CACHE = 2 << 30
-
-
-@dataclass(frozen=True)
-class CollectOptions:
-    """Knobs of collecting.
-
-    Attributes:
-        window: Longest stretch of a document that is run at once, in tokens.
-        top_k: Target probabilities kept for each scored token.
-        shard_tokens: Tokens of a shard, and with it the memory that recording takes.
-        max_tokens: Record about so many tokens in all.
-        answer_tokens: Longest answer to a prompt.
-        sampled: Share of the prompts answered at ``temperature``; the others are answered greedily.
-        temperature: Of sampled answers.
-        num_prompts: Use the first so many prompts of each file.
-        seed: Of sampled answers.
-    """
-
-    window: int = 512
-    top_k: int = 32
-    shard_tokens: int = 16384
-    max_tokens: int | None = None
-    answer_tokens: int = 384
-    sampled: float = 0.25
-    temperature: float = 0.6
-    num_prompts: int | None = None
-    seed: int = 0
 
 
 @dataclass
@@ -69,125 +29,6 @@ class Collected:
     tokens: int = 0
     seconds: float = 0.0
     skipped: list[str] = field(default_factory=list)
-
-
-class Source(Protocol):
-    """Who runs the model."""
-
-    tokenizer: Any
-
-    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
-        """Answer prompts given as token ids; return the answers' token ids."""
-
-    def observe(self, windows: list[Window]) -> Batch:
-        """Run whole windows through the full model."""
-
-
-class ServingSource:
-    """vLLM, offline and in this process."""
-
-    def __init__(self, folder: Path, config: RecordsConfig, options: CollectOptions):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the recorder's hooks live in this process
-        from vllm import LLM
-
-        from vllm_earlyexit.engine.recorder import Recorder
-
-        longest = min(MODEL_LENGTH, text_config(folder).get("max_position_embeddings", MODEL_LENGTH))
-        self._config, self._longest = config, longest
-        self._llm = LLM(
-            str(folder),
-            dtype="bfloat16",
-            enforce_eager=True,
-            enable_chunked_prefill=False,
-            enable_prefix_caching=False,
-            max_model_len=longest,
-            max_num_batched_tokens=longest,
-            max_num_seqs=256,
-            kv_cache_memory_bytes=KV_CACHE,
-            seed=options.seed,
-        )
-        self.tokenizer = self._llm.get_tokenizer()
-        self._recorder: Recorder | None = None
-
-    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
-        """Answer in one batch; a prompt that leaves no room for an answer gets an empty one."""
-        from vllm import SamplingParams
-
-        fits = [n for n, prompt in enumerate(prompts) if len(prompt) + options.answer_tokens <= self._longest]
-        params = [
-            SamplingParams(
-                temperature=options.temperature if sampled[n] else 0,
-                max_tokens=options.answer_tokens,
-                detokenize=False,
-            )
-            for n in fits
-        ]
-        inputs: list[Any] = [{"prompt_token_ids": prompts[n]} for n in fits]
-        answers: list[list[int]] = [[] for _ in prompts]
-        for n, output in zip(fits, self._llm.generate(inputs, params, use_tqdm=False), strict=True):
-            answers[n] = list(output.outputs[0].token_ids)
-        return answers
-
-    def observe(self, windows: list[Window]) -> Batch:
-        """Prefill the windows and return what passed by, in vLLM's order."""
-        from vllm import SamplingParams
-
-        from vllm_earlyexit.engine.recorder import Recorder
-
-        if self._recorder is None:
-            self._recorder = self._llm.apply_model(lambda model: Recorder(model, self._config.layers))[0]
-        by_tokens = {tuple(window.ids): window for window in windows}
-        inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in by_tokens]
-        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        self._llm.generate(inputs, params, use_tqdm=False)
-        seen = self._recorder.take()
-        found = [by_tokens[tuple(prefill.ids.tolist())] for prefill in seen]
-        scored = torch.tensor([flag for window in found for flag in window.scored])
-        final = torch.cat([prefill.final for prefill in seen])
-        top_ids, top_p = self._llm.apply_model(
-            lambda model: top_targets(final[scored.to(final.device)], _unembed(model), self._config.top_k)
-        )[0]
-        return Batch(
-            windows=torch.tensor([window_key(window) for window in found]),
-            lengths=torch.tensor([len(window.ids) for window in found]),
-            ids=torch.cat([prefill.ids for prefill in seen]).to("cpu", torch.int32),
-            scored=scored,
-            hidden={
-                layer: torch.cat([prefill.hidden[layer] for prefill in seen]).cpu() for layer in self._config.layers
-            },
-            final=final.cpu(),
-            top_ids=top_ids,
-            top_p=top_p,
-        )
-
-
-def _unembed(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return model.compute_logits
-
-
-class TransformersSource:
-    """transformers, where vLLM is not installed; it records texts and conversations and answers no prompts."""
-
-    def __init__(self, folder: Path, config: RecordsConfig, device: str):
-        from transformers import AutoTokenizer
-
-        from vllm_earlyexit.training.teacher import Teacher
-
-        self._config = config
-        self._teacher = Teacher(folder, torch.bfloat16, device)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-
-    def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
-        """Not offered: it would take hours where vLLM takes minutes."""
-        raise EarlyExitError("answering prompts needs vLLM; install it, or give --data with the model's own answers")
-
-    def observe(self, windows: list[Window]) -> Batch:
-        """Run the windows in padded batches."""
-        parts = [
-            self._teacher.observe(group, self._config.exit_layers, self._config.top_k)
-            for group in grouped(sorted(windows, key=lambda window: len(window.ids)), 4096)
-        ]
-        return concatenate(parts)
 
 
 def records_config(folder: Path, name: str, exit_layers: Sequence[int], top_k: int) -> RecordsConfig:
@@ -379,6 +220,7 @@ def _record(
         started = progress.get_time()
 
         def windows() -> Iterator[Window]:
+            taken = 0
             for record, size in _in_turns([sized_records(path) for path in paths]):
                 whole = tokenize(record, source.tokenizer)
                 if max(whole.ids, default=0) >= config.vocab_size:
@@ -391,6 +233,9 @@ def _record(
                     if key not in known:
                         known.add(key)
                         yield window
+                        taken += len(window.ids)
+                        if options.max_tokens is not None and taken >= options.max_tokens:
+                            return
                 if options.max_tokens is None:
                     progress.advance(bar, size)
 
@@ -403,5 +248,3 @@ def _record(
             progress.update(bar, rate=f"{collected.tokens / collected.seconds:.0f} tokens/s")
             if options.max_tokens is not None:
                 progress.advance(bar, tokens)
-                if collected.tokens >= options.max_tokens:
-                    return

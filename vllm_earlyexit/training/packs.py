@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.training.shards import Batch, Shard, concatenate, is_held_out, read_config, shards
+from vllm_earlyexit.training.shards import Batch, Shard, concatenate, is_held_out, key_of, read_config, shards
 
 
 class Records:
@@ -40,6 +40,11 @@ class Records:
     def tokens(self) -> int:
         """Recorded tokens, prompts included."""
         return sum(len(shard.scored) for shard in self.shards)
+
+    @property
+    def content(self) -> int:
+        """A key of what is recorded: which windows, in which order."""
+        return key_of(b"".join(shard.windows.numpy().tobytes() for shard in self.shards))
 
     def packs(self, tokens: int, layers: tuple[int, ...], held_out: float, which: bool) -> "Packs":
         """Return the documents that are held out (``which``) or trained on, in packs of at most ``tokens`` tokens.

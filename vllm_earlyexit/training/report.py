@@ -85,10 +85,11 @@ def _row(heads: Heads, exit_config: ExitHeadConfig) -> str:
 def _calibration(exit_config: ExitHeadConfig) -> Iterator[str]:
     calibration = _of(exit_config)
     yield f"## Calibration of the exit after layer {exit_config.exit_layer}\n"
-    yield "| target accuracy | entropy at most, nats | share of tokens |"
-    yield "| --- | --- | --- |"
+    yield "| target accuracy | entropy at most, nats | share of tokens | accuracy on documents that were not fitted |"
+    yield "| --- | --- | --- | --- |"
     for t in calibration.thresholds:
-        yield f"| {t.accuracy:g} | {t.entropy:.3f} | {t.coverage:.0%} |"
+        measured = "" if t.measured is None else f"{t.measured:.1%}"
+        yield f"| {t.accuracy:g} | {t.entropy:.3f} | {t.coverage:.0%} | {measured} |"
     errors = ", ".join(f"{position.expected_calibration_error:.3f}" for position in calibration.positions)
     yield f"\nExpected calibration error per draft position, on documents that were not fitted: {errors}.\n"
     if calibration.signals:

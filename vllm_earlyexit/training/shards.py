@@ -154,6 +154,26 @@ def read_config(folder: Path) -> RecordsConfig:
         ) from error
 
 
+def _shapes(config: RecordsConfig, windows: int, tokens: int, scored: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a shard and their shapes."""
+    state, top = (tokens, config.hidden_size), (scored, config.top_k)
+    return {
+        "windows": (windows, 2),
+        "lengths": (windows,),
+        "ids": (tokens,),
+        "scored": (tokens,),
+        "final": state,
+        "top_ids": top,
+        "top_p": top,
+        **{f"hidden.{layer}": state for layer in config.layers},
+    }
+
+
+def _tensor(batch: Batch, name: str) -> torch.Tensor:
+    field, _, layer = name.partition(".")
+    return batch.hidden[int(layer)] if layer else getattr(batch, field)
+
+
 def write_shard(folder: Path, number: int, config: RecordsConfig, batch: Batch) -> Path:
     """Write one shard.
 
@@ -162,16 +182,7 @@ def write_shard(folder: Path, number: int, config: RecordsConfig, batch: Batch) 
     """
     path = folder / f"shard-{number:05d}.safetensors"
     partial = path.with_suffix(".partial")
-    tensors = {
-        "windows": batch.windows,
-        "lengths": batch.lengths,
-        "ids": batch.ids,
-        "scored": batch.scored,
-        "final": batch.final,
-        "top_ids": batch.top_ids,
-        "top_p": batch.top_p,
-        **{f"hidden.{layer}": batch.hidden[layer] for layer in config.layers},
-    }
+    tensors = {name: _tensor(batch, name) for name in _shapes(config, 0, 0, 0)}
     try:
         save_file(tensors, partial, metadata={"config": config.model_dump_json()})
         os.replace(partial, path)
@@ -206,17 +217,7 @@ class Shard:
         except (OSError, SafetensorError, ValueError) as error:
             raise EarlyExitError(f"{path} is damaged ({error})") from error
         tokens, targets = int(self.lengths.sum()), int(self.scored.sum())
-        state, top = (tokens, config.hidden_size), (targets, config.top_k)
-        expected = {
-            "windows": (len(self.lengths), 2),
-            "lengths": (len(self.lengths),),
-            "ids": (tokens,),
-            "scored": (tokens,),
-            "final": state,
-            "top_ids": top,
-            "top_p": top,
-            **{f"hidden.{layer}": state for layer in config.layers},
-        }
+        expected = _shapes(config, len(self.lengths), tokens, targets)
         if sizes != expected:
             wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
             raise EarlyExitError(f"{path} is damaged ({', '.join(wrong)} missing or of the wrong size)")

@@ -8,8 +8,8 @@ from rich.progress import track
 
 from vllm_earlyexit.heads.checkpoint import Heads
 from vllm_earlyexit.heads.uncertainty import entropy
+from vllm_earlyexit.training.classroom import Classroom
 from vllm_earlyexit.training.packs import Packs, on_device
-from vllm_earlyexit.training.train import Classroom
 
 
 @dataclass(frozen=True)

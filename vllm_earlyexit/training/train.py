@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -20,15 +20,15 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, LossName, Storage
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
+from vllm_earlyexit.training.classroom import Classroom, Students, agreement, frequent_tokens
 from vllm_earlyexit.training.losses import LOSSES, Target
 from vllm_earlyexit.training.packs import Packs, Records, on_device
 from vllm_earlyexit.training.plots import learning_curve
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
-from vllm_earlyexit.training.teacher import Teacher, draft_steps
+from vllm_earlyexit.training.teacher import Teacher
 
 DRAFT_STEPS = (0, 1, 0, 2, 0, 3)
 """Draft steps that are trained, batch by batch in turn: the first one most, because every draft passes it."""
-MEASURED_STEPS = 4
 CHECKPOINTS = ".training"
 START_TOKENS = 60_000
 MEASURED_TOKENS = 12_000
@@ -75,108 +75,6 @@ class TrainingOptions:
     storage: Storage = "bfloat16"
     deterministic: bool = False
     seed: int = 0
-
-
-def frequent_tokens(choices: Iterator[torch.Tensor], size: int, vocab_size: int) -> torch.Tensor | None:
-    """Return the ``size`` tokens that the full model chooses most often, ascending, int64 [size].
-
-    Tokens it never chooses fill up the rest, lowest first. Returns None, for the full vocabulary, if ``size`` is 0 or
-    at least ``vocab_size``.
-    """
-    if size <= 0 or size >= vocab_size:
-        return None
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for chosen in choices:
-        counts += chosen.bincount(minlength=vocab_size)
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
-def draft_index(draft_vocab: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
-    """Return the inverse of a draft vocabulary: for each token its index, or -1; int64 [vocab_size]."""
-    if draft_vocab is None:
-        return torch.arange(vocab_size)
-    index = torch.full((vocab_size,), -1)
-    index[draft_vocab] = torch.arange(len(draft_vocab))
-    return index
-
-
-class Students(nn.ModuleDict):
-    """The heads in training, by the name ``KIND-LAYER``."""
-
-    @staticmethod
-    def key(kind: HeadKind, exit_layer: int) -> str:
-        """Return a head's name."""
-        return f"{kind}-{exit_layer}"
-
-    def at(self) -> Iterator[tuple[str, int, nn.Module]]:
-        """Yield name, exit layer and module of every head."""
-        for name, module in self.items():
-            yield name, int(name.rpartition("-")[2]), module
-
-
-@dataclass(frozen=True)
-class Classroom:
-    """What training and measuring heads need besides the heads.
-
-    Attributes:
-        teacher: The base model.
-        draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size], or None for all.
-        rows: lm_head's rows for them, [draft_vocab_size, hidden_size].
-        index: Token id to draft index, int64 [vocab_size].
-        deep_keys: See ``TrainingOptions``.
-    """
-
-    teacher: Teacher
-    draft_vocab: torch.Tensor | None
-    rows: torch.Tensor
-    index: torch.Tensor
-    deep_keys: bool = True
-
-    @staticmethod
-    def of(teacher: Teacher, draft_vocab: torch.Tensor | None, deep_keys: bool = True) -> "Classroom":
-        """Return the classroom for a draft vocabulary."""
-        index = draft_index(draft_vocab, teacher.vocab_size).to(teacher.device)
-        return Classroom(teacher, draft_vocab, teacher.rows(draft_vocab), index, deep_keys)
-
-    def logits(self, module: nn.Module, hidden: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
-        """Return a head's logits on the scored tokens at draft step ``step``, [num_scored, draft_vocab_size].
-
-        Args:
-            module: The head.
-            hidden: Hidden states at its cut, [num_tokens, hidden_size].
-            batch: Where they are from.
-            step: Number of pending tokens before each token.
-        """
-        features = draft_steps(self.teacher, module, hidden, batch, step, self.deep_keys)[-1]
-        return self.teacher.unembed(features[batch.scored], self.rows)
-
-    def every_logits(
-        self, module: nn.Module, hidden: torch.Tensor, batch: Batch, steps: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield logits and features on the scored tokens at draft steps 0 to ``steps - 1``; see ``logits``."""
-        for features in draft_steps(self.teacher, module, hidden, batch, steps - 1, self.deep_keys):
-            yield self.teacher.unembed(features[batch.scored], self.rows), features[batch.scored]
-
-    def agrees(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return whether head and full model choose alike, bool [num_scored]."""
-        return logits.argmax(dim=-1) == self.index[batch.top_ids[:, 0].long()]
-
-
-@torch.no_grad()
-def agreement(
-    classroom: Classroom, students: Students, packs: Packs, steps: int = MEASURED_STEPS
-) -> dict[str, list[float]]:
-    """Return for each head the share of scored tokens on which it chooses as the full model, per draft position."""
-    hits = {name: [0] * steps for name in students}
-    total = 0
-    for n in range(len(packs)):
-        batch = on_device(packs[n], classroom.teacher.device)
-        total += len(batch.top_ids)
-        with torch.autocast(classroom.teacher.device, torch.bfloat16):
-            for name, layer, module in students.at():
-                for step, (logits, _) in enumerate(classroom.every_logits(module, batch.hidden[layer], batch, steps)):
-                    hits[name][step] += int(classroom.agrees(logits, batch).sum())
-    return {name: [round(count / total, 4) for count in counts] for name, counts in hits.items()}
 
 
 def train_heads(
@@ -226,7 +124,7 @@ def train_heads(
     students = _start(classroom, layers, train, options).to(device)
     console.print(_statement(teacher, students, train, options), soft_wrap=True)
     measured = held_out.limited(MEASURED_TOKENS)
-    fitted = _fit(classroom, students, train, measured, out, options, _identity(opened.config, layers, options))
+    fitted = _fit(classroom, students, train, measured, out, options, training_identity(opened, layers, options))
     final = agreement(classroom, students, held_out)
     covered = _coverage(classroom, opened, options)
     provenance = {
@@ -307,9 +205,10 @@ def memory_needed(teacher: Teacher, students: Students, options: TrainingOptions
     return 1_000_000_000 + base + heads * 24 + len(students) * (logits + activations)
 
 
-def _identity(config: RecordsConfig, layers: Sequence[int], options: TrainingOptions) -> dict[str, Any]:
+def training_identity(records: Records, layers: Sequence[int], options: TrainingOptions) -> dict[str, Any]:
     """What has to be the same for an interrupted run to go on."""
-    return json.loads(json.dumps({"records": config.model_dump(), "layers": layers, "options": asdict(options)}))
+    known = {"records": records.config.model_dump(), "content": records.content, "layers": layers}
+    return json.loads(json.dumps(known | {"options": asdict(options)}))
 
 
 def _coverage(classroom: Classroom, records: Records, options: TrainingOptions) -> float:
