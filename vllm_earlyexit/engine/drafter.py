@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,30 @@ from torch.nn import functional as F
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
-from vllm_earlyexit.engine.frontier import Frontier, Step
-from vllm_earlyexit.engine.models import Segment, residual_stream
+from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.models import residual_stream
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.engine.tail import PagedLastLayer
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import Context, SharedHead, TailHead
 
-KVContext = Callable[[Step], AbstractContextManager[None]]
-"""A forward context in which the step's tokens read and write their sequences' KV in ``layer_names``."""
+KVContext = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]
+"""Given a round's rows and their positions, both int64 [n], a forward context of one token for each of them."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What of a batch is pending.
+
+    Attributes:
+        at: Indices of the pending tokens in the batch, int64 [num_pending].
+        states: Their hidden states at the cut by name, each [num_pending, hidden_size].
+        fresh: Indices of all other tokens, int64, rising.
+    """
+
+    at: torch.Tensor
+    states: dict[str, torch.Tensor]
+    fresh: torch.Tensor
 
 
 class ExitHead:
@@ -63,15 +79,15 @@ class ExitHead:
 
 
 class SelfExitDrafter:
-    """Drafts tokens for a batch of sequences, each until its policy or its limit says stop.
+    """Drafts tokens for a batch of sequences, each until its policy or its limit says stop, and verifies them.
 
     Args:
-        model: The loaded exit-headed vLLM model.
+        model: The loaded exit-headed vLLM model; its forward runs the drafter's segments from here on.
         config: The resolved setting.
     """
 
     def __init__(self, model: Any, config: EarlyExitConfig):
-        self.shallow: Segment = model.segments([config.exit_layer])[0]
+        self.shallow, self.deep = model.cut([config.exit_layer])
         self._policy: Policy = build_policy(config)
         if config.heads is None:
             self._head = ExitHead(model, SharedHead(), None)
@@ -88,17 +104,52 @@ class SelfExitDrafter:
         """Draft until every sequence has stopped; return the drafted tokens of each.
 
         Args:
-            frontier: The sequences, each at its newest token.
+            frontier: The sequences, each at its newest token; afterwards it holds what is pending.
             previous: The full model's final hidden state of the token before that, [num_seqs, hidden_size].
             kv_context: Where a step's KV is.
         """
         previous = previous.clone()
         while (step := frontier.step) is not None:
-            with kv_context(step):
+            with kv_context(step.rows, step.positions):
                 at_cut = self.shallow(step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
                 features = self._head.features(residual_stream(at_cut), step.positions, previous[step.rows])
+            frontier.keep(at_cut.tensors)
             previous[step.rows] = features
             logits = self._head.logits(features)
             frontier.advance(self._head.token_ids(logits.argmax(dim=-1)), self._policy.keep(logits))
         return frontier.drafts()
+
+    def verify(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        pending: Pending,
+        fresh_context: Callable[[], AbstractContextManager[None]],
+    ) -> torch.Tensor:
+        """Run a batch through the model, resuming tokens that are pending at the cut.
+
+        The forward context must be that of the whole batch.
+
+        Args:
+            input_ids: int32 [num_tokens].
+            positions: int64 [num_tokens].
+            pending: Which tokens are pending; the others are fed from the bottom.
+            fresh_context: A forward context of those others, in batch order.
+
+        Returns:
+            Hidden states after the final norm, [num_tokens, hidden_size].
+        """
+        joined = {
+            name: states.new_empty(len(positions), *states.shape[1:]).index_copy_(0, pending.at, states)
+            for name, states in pending.states.items()
+        }
+        if len(pending.fresh):
+            with fresh_context():
+                at_cut = self.shallow(input_ids[pending.fresh], positions[pending.fresh])
+            assert isinstance(at_cut, IntermediateTensors)
+            for name, states in at_cut.tensors.items():
+                joined[name].index_copy_(0, pending.fresh, states)
+        final = self.deep(None, positions, IntermediateTensors(joined))
+        assert isinstance(final, torch.Tensor)
+        return final

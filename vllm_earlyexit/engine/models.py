@@ -4,14 +4,13 @@ import copy
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.sequence import IntermediateTensors
 
@@ -54,8 +53,9 @@ class Segment:
         stage.start_layer, stage.end_layer = start, end
         if not inner.do_not_compile:
             _give_own_graph(stage)
-        self._model = copy.copy(model)
+        self._model = cast(Any, copy.copy(model))
         self._model._modules = {**model._modules, name: stage}
+        self._model._segments = ()
         self.layer_names = attention_names(inner.layers[start:end])
 
     def __call__(
@@ -73,15 +73,6 @@ class Segment:
         """
         with pipeline_stage(first=self._first, last=self._last):
             return self._model.forward(input_ids, positions, intermediate, inputs_embeds)
-
-    def trace(self, vllm_config: VllmConfig, device: torch.device, num_tokens: int = 16) -> None:
-        """Compile the segment, if the model is compiled, by running it over dummy tokens without a KV cache.
-
-        vLLM traces a graph once and drops its guards: one traced with a single token would answer one row for any n.
-        """
-        positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        with set_forward_context(None, vllm_config, num_tokens=num_tokens):
-            self(torch.zeros(num_tokens, dtype=torch.int32, device=device), positions)
 
 
 def _give_own_graph(stage: Any) -> None:
@@ -135,6 +126,8 @@ def residual_stream(at_cut: IntermediateTensors) -> torch.Tensor:
 class ExitMixin:
     """What ``with_exits`` adds to a model class."""
 
+    _segments: tuple[Segment, ...] = ()
+
     def segments(self, cuts: Sequence[int]) -> list[Segment]:
         """Return the segments between the bottom, each of ``cuts`` and the top."""
         top = len(decoder_stack(self)[1].layers)  # type: ignore[arg-type]
@@ -143,6 +136,32 @@ class ExitMixin:
             raise EarlyExitError(f"self-exit: cuts {list(cuts)} must rise within 1 to {top - 1}")
         return [Segment(self, low, high) for low, high in pairwise(edges)]  # type: ignore[arg-type]
 
+    def cut(self, cuts: Sequence[int]) -> list[Segment]:
+        """Run the model as these segments, one after the other, from now on; return them.
+
+        A compiled model thus has one graph for each segment and none for the whole.
+        """
+        segments = self.segments(cuts)
+        self._segments = tuple(segments)
+        return segments
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run all segments; without any, the model as it was."""
+        if not self._segments:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        state: torch.Tensor | IntermediateTensors | None = intermediate_tensors
+        for segment in self._segments:
+            assert state is None or isinstance(state, IntermediateTensors)
+            state = segment(input_ids, positions, state, inputs_embeds)
+        assert state is not None
+        return state
+
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the model's own final norm to [num_tokens, hidden_size]."""
         return decoder_stack(self)[1].norm(hidden)  # type: ignore[arg-type]
@@ -150,7 +169,7 @@ class ExitMixin:
 
 @functools.cache
 def with_exits(base: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of a vLLM model class that can also be run in segments; its own forward is unchanged.
+    """Return a subclass of a vLLM model class that can also be run in segments.
 
     Raises:
         EarlyExitError: the class cannot be run as pipeline stages.

@@ -3,8 +3,10 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
@@ -12,8 +14,8 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import EarlyExitConfig
-from vllm_earlyexit.engine.drafter import SelfExitDrafter
-from vllm_earlyexit.engine.frontier import Frontier, Step
+from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
+from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.seams import CONFIG_KEY
 
 logger = init_logger("vllm.earlyexit")
@@ -27,15 +29,12 @@ class SelfExitProposer:
         assert isinstance(vllm_config.additional_config, dict)
         self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
         self.max_model_len = vllm_config.model_config.max_model_len
+        self._round: Round | None = None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the loaded target model; drafting shares its weights."""
         self.drafter = SelfExitDrafter(target_model, self.config)
         logger.info("self-exit speculation with %s", self.config)
-
-    def warm_up(self, device: torch.device) -> None:
-        """Compile what drafting runs, while vLLM compiles and profiles the model."""
-        self.drafter.shallow.trace(self.vllm_config, device)
 
     def propose(
         self,
@@ -78,29 +77,81 @@ class SelfExitProposer:
         starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
         newest = torch.tensor([starts[row] + len(sampled_token_ids[row]) - 1 for row in rows], device=device)
         drafted = self.drafter.draft(
-            frontier, sampled_from[newest], lambda step: self._kv_context(runner, batch_rows, step)
+            frontier,
+            sampled_from[newest],
+            lambda on, at: self._kv_context(runner, batch_rows[on], torch.ones_like(on), at),
         )
+        requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
+        self._round = Round(frontier, {id(request): n for n, request in enumerate(requests)}, requests, positions)
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts
+
+    def forward(self, runner: Any, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
+        """Run the model over vLLM's batch, resuming what is pending; None if nothing is.
+
+        Whatever was pending is forgotten: a request that was not scheduled, or not as it was drafted, starts anew.
+        """
+        last_round, self._round = self._round, None
+        if last_round is None or input_ids is None:
+            return None
+        batch = runner.input_batch
+        counts = np.diff(runner.query_start_loc.np[: batch.num_reqs + 1])
+        held = np.array([last_round.held(runner, row, int(count)) for row, count in enumerate(counts)])
+        resumed = held[:, 1]
+        if not resumed.any():
+            return None
+        starts = runner.query_start_loc.np[: batch.num_reqs]
+        at = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, resumed, strict=True)])
+        columns = np.concatenate([np.arange(n) for n in resumed])
+        fresh = np.setdiff1d(np.arange(counts.sum()), at)
+        device = positions.device
+
+        def tensor(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).to(device)
+
+        states = last_round.frontier.states(tensor(np.repeat(held[:, 0], resumed)), tensor(columns))
+        left = counts - resumed
+        return self.drafter.verify(
+            input_ids,
+            positions,
+            Pending(tensor(at), states, tensor(fresh)),
+            lambda: self._kv_context(
+                runner, tensor(np.flatnonzero(left)), tensor(left[left > 0]), positions[tensor(fresh)]
+            ),
+        )
 
     def _limit(self, request: Any, position: int, longest: int) -> int:
         """Return how many tokens are worth drafting for a request whose newest token stands at ``position``.
 
         Verification adds one token of its own, so the draft may take all but one of those that are still wanted.
         """
-        wanted = self.max_model_len - 1 - position
-        if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
-            wanted = min(wanted, request.sampling_params.max_tokens - len(request.output_token_ids))
+        wanted, params = self.max_model_len - 1 - position, request.sampling_params
+        if params is not None:
+            done = request.output_token_ids
+            if params.max_tokens is not None:
+                wanted = min(wanted, params.max_tokens - len(done))
+            if len(done) >= params.min_tokens and done[-1] in (params.eos_token_id, *(params.stop_token_ids or ())):
+                return 0
         return max(0, min(longest, wanted - 1))
 
     @contextmanager
-    def _kv_context(self, runner: Any, batch_rows: torch.Tensor, step: Step) -> Iterator[None]:
-        """A forward context of one token per sequence, KV going to the target's own blocks."""
-        n = len(step.rows)
-        rows, seq_lens = batch_rows[step.rows], (step.positions + 1).to(torch.int32)
-        starts = torch.arange(n + 1, dtype=torch.int32)
-        longest = int(seq_lens.max())
+    def _kv_context(
+        self, runner: Any, rows: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor
+    ) -> Iterator[None]:
+        """A forward context of some tokens of some sequences, KV going to the target's own blocks.
+
+        Args:
+            runner: The V1 model runner.
+            rows: The sequences' rows in its batch, int64 [n].
+            counts: Tokens of each, int64 [n].
+            positions: Of the tokens, rising within a sequence, int64 [counts.sum()].
+        """
+        n, num_tokens = len(rows), len(positions)
+        ends = counts.cumsum(0)
+        seq_lens = (positions[ends - 1] + 1).to(torch.int32)
+        starts = torch.zeros(n + 1, dtype=torch.int32)
+        starts[1:] = ends
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for group_id, attn_groups in enumerate(runner.attn_groups):
@@ -109,33 +160,63 @@ class SelfExitProposer:
                 continue
             table = runner.input_batch.block_table[group_id]
             blocks = table.get_device_tensor(runner.input_batch.num_reqs)[rows]
-            slot_mapping = slots_of(blocks, step.positions, table.block_size)
+            slot_mapping = slots_of(blocks.repeat_interleave(counts, dim=0), positions, table.block_size)
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
                 query_start_loc_cpu=starts,
                 seq_lens=seq_lens,
                 seq_lens_cpu_upper_bound=seq_lens.cpu(),
                 num_reqs=n,
-                num_actual_tokens=n,
-                max_query_len=1,
-                max_seq_len=longest,
+                num_actual_tokens=num_tokens,
+                max_query_len=int(counts.max()),
+                max_seq_len=int(seq_lens.max()),
                 block_table_tensor=blocks,
                 slot_mapping=slot_mapping,
-                positions=step.positions,
+                positions=positions,
             )
             for group in attn_groups:
                 built = group.build_metadata_for_drafting(common, draft_index=0)
                 metadata |= dict.fromkeys(group.layer_names, built)
                 slots |= dict.fromkeys(group.layer_names, slot_mapping)
-        with set_forward_context(metadata, self.vllm_config, num_tokens=n, slot_mapping=slots):
+        with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
             yield
 
 
+@dataclass(frozen=True)
+class Round:
+    """A round of drafting whose tokens the next forward pass may find pending.
+
+    Attributes:
+        frontier: What is pending.
+        rows: Row of each request in the frontier, by the request's identity.
+        requests: The requests, so that they and their identities outlive the round.
+        positions: Position of each row's first pending token.
+    """
+
+    frontier: Frontier
+    rows: dict[int, int]
+    requests: list[Any]
+    positions: list[int]
+
+    def held(self, runner: Any, row: int, scheduled: int) -> tuple[int, int]:
+        """Return a batch row's row in the frontier and how many of its scheduled tokens are pending, possibly 0."""
+        batch = runner.input_batch
+        found = self.rows.get(id(runner.requests[batch.req_ids[row]]))
+        if found is None or batch.num_computed_tokens_cpu[row] != self.positions[found]:
+            return 0, 0
+        start, pending = self.positions[found], self.frontier.pending(found)
+        fed = batch.token_ids_cpu[row, start : start + min(scheduled, len(pending))].tolist()
+        same = 0
+        while same < len(fed) and fed[same] == pending[same]:
+            same += 1
+        return found, same
+
+
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return the KV slots of one position per sequence, int64 [n].
+    """Return the KV slots of positions, int64 [n].
 
     Args:
-        blocks: Block ids of each sequence, [n, max_blocks].
+        blocks: Block ids of each position's sequence, [n, max_blocks].
         positions: int64 [n].
         block_size: Tokens per block.
     """

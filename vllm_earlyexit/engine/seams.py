@@ -225,13 +225,22 @@ def _always_fits(original: Callable) -> Callable:
     return _input_fits_in_drafter
 
 
-def _warm_up_drafter(original: Callable) -> Callable:
-    def profile_run(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+def _resume_in_runner(original: Callable) -> Callable:
+    def _model_forward(
+        self: Any,
+        input_ids: Any = None,
+        positions: Any = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
         if uses_self_exit(self.speculative_config):
-            self.drafter.warm_up(self.device)
+            resumed = self.drafter.forward(self, input_ids, positions)
+            if resumed is not None:
+                return resumed
+        return original(self, input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
 
-    return profile_run
+    return _model_forward
 
 
 def _expand_on_cpu(original: Callable) -> Callable:
@@ -323,13 +332,13 @@ SEAMS = (
         wrap=_always_fits,
     ),
     Seam(
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
         stage="engine",
-        why="The first segment is compiled on its own; vLLM warms up built-in drafters only.",
-        how="After vLLM's profile run, runs the segment once over dummy tokens.",
-        upstream="A warm-up hook for custom_class proposers would replace it.",
-        expects=("self", "randomize_inputs"),
-        wrap=_warm_up_drafter,
+        why="Verification resumes pending tokens at the cut, where drafting left them.",
+        how="Lets our proposer run the batch if it holds pending tokens of it; otherwise vLLM's own forward.",
+        upstream="vLLM documents this method as one to override; a hook for proposers would replace the seam.",
+        expects=("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds", "model_kwargs"),
+        wrap=_resume_in_runner,
     ),
     Seam(
         target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
