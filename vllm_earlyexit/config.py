@@ -14,6 +14,7 @@ from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_con
 METHOD = "self_exit"
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
+PolicyName = Literal["auto", "entropy", "fixed"]
 DEFAULT_DRAFT_LENGTH = 4
 MAX_DRAFT_LENGTH = 64
 
@@ -29,8 +30,11 @@ class Knobs(BaseModel):
     )
     num_speculative_tokens: Annotated[int | None, Field(gt=0, le=MAX_DRAFT_LENGTH, description="longest draft")] = None
     policy: Annotated[
-        Literal["fixed", "entropy"] | None,
-        Field(description="'fixed' always drafts the longest draft; 'entropy' stops at the first unsure token"),
+        PolicyName | None,
+        Field(
+            description="'auto' drafts while that is expected to raise the batch's tokens per second; "
+            "'entropy' stops at the first unsure token; 'fixed' always drafts the longest draft"
+        ),
     ] = None
     target_accuracy: Annotated[
         float | None, Field(gt=0, lt=1, description="entropy policy: calibrated accuracy of what is drafted")
@@ -49,14 +53,14 @@ class EarlyExitConfig:
         heads: Folder of the heads checkpoint; None for the shared head.
         exit_layer: Layers run before the exit.
         num_speculative_tokens: Longest draft.
-        policy: ``fixed`` or ``entropy``.
+        policy: ``auto``, ``entropy`` or ``fixed``.
         entropy_threshold: Nats; the entropy policy drafts a token while its entropy is at most this.
     """
 
     heads: str | None
     exit_layer: int
     num_speculative_tokens: int
-    policy: Literal["fixed", "entropy"]
+    policy: PolicyName
     entropy_threshold: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
         raise EarlyExitError("self-exit: head='shared' uses no trained heads; drop either 'model' or 'head'")
     if knobs.exit_layer is None:
         raise EarlyExitError("self-exit: head='shared' needs exit_layer, since there is no calibration to choose it")
-    if knobs.policy == "entropy" or knobs.target_accuracy is not None:
+    if knobs.policy in ("auto", "entropy") or knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: head='shared' is not calibrated; use policy='fixed' without target_accuracy")
     draft_length = knobs.num_speculative_tokens or DEFAULT_DRAFT_LENGTH
     return EarlyExitConfig(None, knobs.exit_layer, draft_length, "fixed", None)
@@ -173,16 +177,23 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     if exit_layer is None:
         exit_layer = best.exit_layer if best else heads.exits[0].exit_layer
     calibration = heads.exit(exit_layer).calibration
-    policy = knobs.policy or ("entropy" if calibration else "fixed")
-    draft_length = knobs.num_speculative_tokens or (best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH)
-    threshold = None
-    if policy == "fixed":
-        if knobs.target_accuracy is not None:
-            raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
-    elif calibration is None:
+    policy = knobs.policy or _default_policy(knobs, calibrated=calibration is not None)
+    length = best.num_speculative_tokens if best and policy != "auto" else DEFAULT_DRAFT_LENGTH
+    draft_length = knobs.num_speculative_tokens or length
+    if policy != "entropy" and knobs.target_accuracy is not None:
+        raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
+    if policy != "fixed" and calibration is None:
         raise EarlyExitError(
             f"self-exit: the heads in {where} are not calibrated; run 'vllm-earlyexit calibrate' or use policy='fixed'"
         )
-    else:
+    threshold = None
+    if policy == "entropy":
+        assert calibration is not None
         threshold = calibration.threshold(knobs.target_accuracy or (best.target_accuracy if best else 0.7))
     return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold)
+
+
+def _default_policy(knobs: Knobs, *, calibrated: bool) -> PolicyName:
+    if not calibrated:
+        return "fixed"
+    return "entropy" if knobs.target_accuracy is not None else "auto"

@@ -1,5 +1,6 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
@@ -18,6 +20,7 @@ from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.engine.tail import PagedLastLayer
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import Context, SharedHead, TailHead
+from vllm_earlyexit.heads.uncertainty import entropy
 
 KVContext = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]
 """Given a round's rows and their positions, both int64 [n], a forward context of one token for each of them."""
@@ -38,6 +41,37 @@ class Pending:
     fresh: torch.Tensor
 
 
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """Return a linear map with this weight, [out_features, in_features], and no bias."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return linear
+
+
+def as_vllm(module: nn.Module) -> nn.Module:
+    """Return ``module`` with its linear maps replaced by vLLM's, which pack weights for the platform's kernels."""
+    if not isinstance(module, nn.Linear):
+        for name, child in module.named_children():
+            setattr(module, name, as_vllm(child))
+        return module
+    weight, bias = module.weight, module.bias
+    served = ReplicatedLinear(
+        module.in_features,
+        module.out_features,
+        bias=bias is not None,
+        params_dtype=weight.dtype,
+        return_bias=False,
+        disable_tp=True,
+    )
+    served.weight.data.copy_(weight)
+    if bias is not None:
+        served.bias.data.copy_(bias)
+    assert served.quant_method is not None
+    served.quant_method.process_weights_after_loading(served)
+    return served
+
+
 class ExitHead:
     """A head at its cut: hidden states to logits over the draft vocabulary.
 
@@ -45,16 +79,22 @@ class ExitHead:
         model: The exit-headed vLLM model, which lends its final norm and lm_head.
         module: The trained part.
         draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size]; None for all of them.
+        vllm_config: vLLM's.
     """
 
-    def __init__(self, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None):
+    def __init__(self, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None, vllm_config: VllmConfig):
         weight = model.lm_head.weight
         self._model = model
-        self._module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
         self._last = PagedLastLayer(model)
         self.layer_names = self._last.layer_names if isinstance(module, TailHead) else []
-        self._vocab = None if draft_vocab is None else draft_vocab.to(weight.device)
-        self._rows = None if self._vocab is None else weight[self._vocab].contiguous()
+        self._vocab: torch.Tensor | None = None
+        self._rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+        module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
+        with set_current_vllm_config(vllm_config), torch.device(weight.device):
+            self._module = as_vllm(module)
+            if draft_vocab is not None:
+                self._vocab = draft_vocab.to(weight.device)
+                self._rows = as_vllm(linear_of(weight[self._vocab]))
 
     def features(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Return what the head makes of hidden states at the cut, after the final norm, [n, hidden_size].
@@ -71,7 +111,7 @@ class ExitHead:
         """Return logits [n, draft_vocab_size] for features [n, hidden_size]."""
         if self._rows is None:
             return self._model.compute_logits(features)
-        return F.linear(features, self._rows)
+        return self._rows(features)
 
     def token_ids(self, choice: torch.Tensor) -> torch.Tensor:
         """Map indices into the draft vocabulary to token ids."""
@@ -84,21 +124,19 @@ class SelfExitDrafter:
     Args:
         model: The loaded exit-headed vLLM model; its forward runs the drafter's segments from here on.
         config: The resolved setting.
+        vllm_config: vLLM's.
     """
 
-    def __init__(self, model: Any, config: EarlyExitConfig):
+    def __init__(self, model: Any, config: EarlyExitConfig, vllm_config: VllmConfig):
+        self._model = model
         self.shallow, self.deep = model.cut([config.exit_layer])
-        self._policy: Policy = build_policy(config)
         if config.heads is None:
-            self._head = ExitHead(model, SharedHead(), None)
+            self._head = ExitHead(model, SharedHead(), None, vllm_config)
+            self.policy: Policy = build_policy(config, None)
         else:
             heads = load_heads(Path(config.heads))
-            self._head = ExitHead(model, heads.modules[config.exit_layer], heads.draft_vocab)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """The attention layers that a draft step runs."""
-        return self.shallow.layer_names + self._head.layer_names
+            self._head = ExitHead(model, heads.modules[config.exit_layer], heads.draft_vocab, vllm_config)
+            self.policy = build_policy(config, heads.config.exit(config.exit_layer))
 
     def draft(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> list[list[int]]:
         """Draft until every sequence has stopped; return the drafted tokens of each.
@@ -109,6 +147,8 @@ class SelfExitDrafter:
             kv_context: Where a step's KV is.
         """
         previous = previous.clone()
+        if not self.policy.begin(frontier.num_seqs):
+            return frontier.drafts()
         while (step := frontier.step) is not None:
             with kv_context(step.rows, step.positions):
                 at_cut = self.shallow(step.input_ids, step.positions)
@@ -117,7 +157,10 @@ class SelfExitDrafter:
             frontier.keep(at_cut.tensors)
             previous[step.rows] = features
             logits = self._head.logits(features)
-            frontier.advance(self._head.token_ids(logits.argmax(dim=-1)), self._policy.keep(logits))
+            decision = self.policy.decide(step.rows, logits)
+            frontier.advance(self._head.token_ids(logits.argmax(dim=-1)), decision.keep)
+            if not decision.go_on:
+                break
         return frontier.drafts()
 
     def verify(
@@ -153,3 +196,36 @@ class SelfExitDrafter:
         final = self.deep(None, positions, IntermediateTensors(joined))
         assert isinstance(final, torch.Tensor)
         return final
+
+    def timed(self, part: str, input_ids: torch.Tensor, positions: torch.Tensor) -> float:
+        """Run one part of a step over [n] tokens, within a forward context of theirs; return its seconds.
+
+        Args:
+            part: One of ``StepTimes``' parts.
+            input_ids: int32 [n].
+            positions: int64 [n].
+        """
+
+        def synchronized() -> float:
+            if input_ids.device.type != "cpu":
+                torch.accelerator.synchronize()
+            return time.perf_counter()
+
+        if part == "plain":
+            started = synchronized()
+            self._model.compute_logits(self._model(input_ids, positions))
+            return synchronized() - started
+        started = synchronized()
+        at_cut = self.shallow(input_ids, positions)
+        ran = synchronized()
+        if part == "shallow":
+            return ran - started
+        assert isinstance(at_cut, IntermediateTensors)
+        if part == "deep":
+            self._model.compute_logits(self.deep(None, positions, at_cut))
+            return synchronized() - ran
+        hidden = residual_stream(at_cut)
+        logits = self._head.logits(self._head.features(hidden, positions, hidden))
+        entropy(logits).tolist()
+        self._head.token_ids(logits.argmax(dim=-1)).tolist()
+        return synchronized() - ran

@@ -57,6 +57,11 @@ class Frontier:
         """The tokens to feed next, or None when the round is over."""
         return self._step if len(self._step.rows) else None
 
+    @property
+    def num_seqs(self) -> int:
+        """Number of sequences in the round, those that may not draft included."""
+        return len(self._tokens)
+
     def keep(self, at_cut: States) -> None:
         """Keep the hidden states of the current step's tokens, which are pending from now on."""
         step = self._step

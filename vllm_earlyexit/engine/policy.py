@@ -1,29 +1,61 @@
-"""Exit policies: after each draft step, which tokens are sure enough to be drafted."""
+"""Exit policies: after each draft step, which tokens to draft, and whether to go on."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from vllm_earlyexit.config import EarlyExitConfig
+from vllm_earlyexit.engine.cost import Acceptance, StepTimes
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 from vllm_earlyexit.heads.uncertainty import entropy
 
 
-class Policy(Protocol):
-    """Decides per token whether to draft it or to stop and verify."""
+@dataclass(frozen=True)
+class Decision:
+    """What to do after a draft step.
 
-    def keep(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return bool [n] for exit-head logits [n, draft_vocab_size]."""
+    Attributes:
+        keep: Which of the step's tokens are drafted, bool [n]; a sequence stops at its first False.
+        go_on: Whether sequences that keep theirs and have room draft another.
+    """
+
+    keep: torch.Tensor
+    go_on: bool = True
+
+
+class Policy(Protocol):
+    """Decides for a batch of sequences, step by step, what to draft."""
+
+    def begin(self, num_seqs: int) -> bool:
+        """Start a round over ``num_seqs`` sequences; return whether to draft at all."""
+
+    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+        """Decide after a step over sequences ``rows``, int64 [n], with exit-head logits [n, draft_vocab_size]."""
+
+    def learn(self, row: int, verified: int, accepted: int) -> None:
+        """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
 
 
 class FixedPolicy:
     """LayerSkip's rule: always draft the full length."""
 
-    def keep(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return True for every token."""
-        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    def begin(self, num_seqs: int) -> bool:
+        """Return True."""
+        return True
+
+    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+        """Keep every token and go on."""
+        return Decision(torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+
+    def learn(self, row: int, verified: int, accepted: int) -> None:
+        """Learn nothing."""
 
 
-class EntropyPolicy:
+class EntropyPolicy(FixedPolicy):
     """Stop at the first token whose entropy H = -Σ p ln p is above a calibrated threshold (DSSD).
 
     Args:
@@ -33,14 +65,132 @@ class EntropyPolicy:
     def __init__(self, threshold: float):
         self.threshold = threshold
 
-    def keep(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return whether the entropy is at most the threshold; logits that are not numbers stop the draft."""
-        return entropy(logits) <= self.threshold
+    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+        """Keep tokens whose entropy is at most the threshold; logits that are not numbers stop the draft."""
+        return Decision(entropy(logits) <= self.threshold)
 
 
-def build_policy(config: EarlyExitConfig) -> Policy:
-    """Return the policy that ``config`` names."""
+class AutoPolicy:
+    """Draft as long as it is expected to raise the batch's tokens per second.
+
+    A token that is kept is verified: that feeds it through all layers and yields, if it and all before it are
+    accepted, one token more. With λ the tokens per second that the batch makes anyway, keeping m tokens is worth
+    Σ P_r - λ (s(m) + d(n + m) - d(n)), where P_r is the probability that row r's draft is accepted up to and with its
+    newest token and n tokens are to be verified as it is. Asking the head once more costs λ h(m), because feeding the
+    kept tokens below the cut is due in any case; it is worth the expected value of having the choice. λ starts at
+    plain decoding's rate and follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
+
+    Args:
+        acceptance: From entropy to acceptance.
+        longest: The longest draft, for which the values above are bounded.
+    """
+
+    MEMORY = 0.95
+
+    def __init__(self, acceptance: Acceptance, longest: int):
+        self._acceptance, self._longest = acceptance, longest
+        self.times: StepTimes | None = None
+        """Set once they are measured; until then nothing is drafted."""
+        self._rates: dict[int, tuple[float, float]] = {}
+        self._drafted: dict[int, list[float]] = {}
+        self._around = self._spent = self._began = 0.0
+        self._batch = self._tokens = self._step = 0
+        self.predicted_seconds = self.measured_seconds = 0.0
+        """Of all rounds that followed one another without a pause."""
+
+    def begin(self, num_seqs: int) -> bool:
+        """Start a round; return whether asking the head once is expected to pay."""
+        if self.times is None:
+            return False
+        self._close(self.times)
+        self._batch, self._tokens, self._step, self._spent = num_seqs, num_seqs, 0, 0.0
+        self._reached = np.ones(num_seqs)
+        self._drafted = {}
+        asked = num_seqs > 0 and self._worth_asking(self._reached)
+        if not asked:
+            self._acceptance.forget()
+        return asked
+
+    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+        """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
+        assert self.times is not None
+        at = rows.cpu().numpy()
+        probability = self._acceptance.of(self._step, entropy(logits).cpu().numpy())
+        reached = self._reached[at] * probability
+        self._spent += self.times.at("head", len(at))
+        order = np.argsort(-reached, kind="stable")
+        values = reached[order].cumsum() - self._rate * np.array([self._added(m) for m in range(1, len(at) + 1)])
+        best = int(values.argmax())
+        kept = np.zeros(len(at), dtype=bool)
+        if values[best] > 0:
+            kept[order[: best + 1]] = True
+        self._reached[at[kept]] = reached[kept]
+        for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
+            self._drafted.setdefault(row, []).append(expected)
+        self._spent += self._added(int(kept.sum()))
+        self._tokens += int(kept.sum())
+        self._step += 1
+        go_on = bool(kept.any()) and self._step < self._longest and self._worth_asking(reached[kept])
+        return Decision(torch.from_numpy(kept).to(logits.device), go_on)
+
+    def learn(self, row: int, verified: int, accepted: int) -> None:
+        """Compare what was expected of a sequence's drafts with what verification said."""
+        for n, expected in enumerate(self._drafted.get(row, [])[:verified]):
+            if n > accepted:
+                return
+            self._acceptance.learn(expected, n < accepted)
+
+    @property
+    def _rate(self) -> float:
+        """Tokens per second of the batch: plain decoding's, or what drafting reached for such a batch, if more."""
+        assert self.times is not None
+        plain = self._batch / (self.times.at("plain", self._batch) + self._around)
+        tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
+        return max(plain, tokens / seconds if seconds else 0.0)
+
+    def _added(self, m: int) -> float:
+        """Return the seconds that verifying m more tokens adds."""
+        assert self.times is not None
+        deep = self.times.at("deep", self._tokens + m) - self.times.at("deep", self._tokens)
+        return self.times.at("shallow", m) + deep
+
+    def _worth_asking(self, reached: np.ndarray) -> bool:
+        """Say whether the expected value of having a next token to keep exceeds the head's cost.
+
+        The fixed part of feeding is shared among the rows that may keep a token.
+        """
+        assert self.times is not None
+        m = len(reached)
+        each = self._rate * self._added(m) / m
+        gain = np.maximum(reached[:, None] * self._acceptance.spread(self._step)[None, :] - each, 0).mean(axis=1).sum()
+        return bool(gain > self._rate * self.times.at("head", m))
+
+    def _close(self, times: StepTimes) -> None:
+        """Remember the expected tokens and seconds of the round that ends, and what it took beside the model."""
+        now, began = time.perf_counter(), self._began
+        self._began = now
+        if not self._batch:
+            return
+        expected = self._batch + sum(float(np.cumprod(drafted).sum()) for drafted in self._drafted.values())
+        model = times.at("plain", self._batch) + self._spent
+        tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
+        spent = self.MEMORY * seconds + model + self._around
+        self._rates[self._batch] = (self.MEMORY * tokens + expected, spent)
+        if began and now - began < 2 * model:  # otherwise there was a prompt or a pause in between
+            self.predicted_seconds += model + self._around
+            self.measured_seconds += now - began
+            self._around += (1 - self.MEMORY) * (max(0.0, now - began - model) - self._around)
+
+
+def build_policy(config: EarlyExitConfig, head: ExitHeadConfig | None) -> Policy:
+    """Return the policy that ``config`` names, for the exit with the config ``head``."""
     if config.policy == "entropy":
         assert config.entropy_threshold is not None
         return EntropyPolicy(config.entropy_threshold)
+    if config.policy == "auto":
+        assert head is not None
+        assert head.calibration is not None
+        positions: Sequence = head.calibration.positions
+        acceptance = Acceptance([p.entropy for p in positions], [p.probability for p in positions])
+        return AutoPolicy(acceptance, config.num_speculative_tokens)
     return FixedPolicy()

@@ -14,11 +14,15 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import EarlyExitConfig
+from vllm_earlyexit.engine.cost import measure
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.policy import AutoPolicy
 from vllm_earlyexit.engine.seams import CONFIG_KEY
 
 logger = init_logger("vllm.earlyexit")
+
+MEASURED_POSITION = 255
 
 
 class SelfExitProposer:
@@ -30,11 +34,35 @@ class SelfExitProposer:
         self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
         self.max_model_len = vllm_config.model_config.max_model_len
         self._round: Round | None = None
+        self._verifying: Round | None = None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the loaded target model; drafting shares its weights."""
-        self.drafter = SelfExitDrafter(target_model, self.config)
+        self.drafter = SelfExitDrafter(target_model, self.config, self.vllm_config)
         logger.info("self-exit speculation with %s", self.config)
+
+    @torch.inference_mode()
+    def measure(self, runner: Any) -> None:
+        """Time the parts of a step on this machine, if the policy wants to know; KV goes to vLLM's null block."""
+        policy = self.drafter.policy
+        if not isinstance(policy, AutoPolicy):
+            return
+        scheduler = self.vllm_config.scheduler_config
+        longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
+        position = min(MEASURED_POSITION, self.max_model_len - 2)
+
+        def run(part: str, n: int) -> float:
+            ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
+            positions = torch.full((n,), position, dtype=torch.int64, device=runner.device)
+            blocks = {
+                number: torch.zeros_like(runner.input_batch.block_table[number].get_device_tensor(1)).expand(n, -1)
+                for number in range(len(runner.attn_groups))
+            }
+            with self._kv_context(runner, blocks, torch.ones_like(positions), positions):
+                return self.drafter.timed(part, ids, positions)
+
+        policy.times = measure(run, longest)
+        logger.info("self-exit: seconds per step part: %s", policy.times.to_dict())
 
     def propose(
         self,
@@ -57,6 +85,7 @@ class SelfExitProposer:
         Returns:
             The drafted tokens of each request, at most ``longest`` and possibly none.
         """
+        self._learn(runner, sampled_token_ids, verified)
         rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if not rows or longest == 0:
@@ -73,13 +102,15 @@ class SelfExitProposer:
             torch.tensor(positions, dtype=torch.int64, device=device),
             torch.tensor(limits, dtype=torch.int64, device=device),
         )
-        batch_rows = torch.tensor(rows, device=device)
+        blocks = self._blocks(runner, torch.tensor(rows, device=device))
         starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
         newest = torch.tensor([starts[row] + len(sampled_token_ids[row]) - 1 for row in rows], device=device)
         drafted = self.drafter.draft(
             frontier,
             sampled_from[newest],
-            lambda on, at: self._kv_context(runner, batch_rows[on], torch.ones_like(on), at),
+            lambda on, at: self._kv_context(
+                runner, {group: table[on] for group, table in blocks.items()}, torch.ones_like(on), at
+            ),
         )
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
         self._round = Round(frontier, {id(request): n for n, request in enumerate(requests)}, requests, positions)
@@ -93,6 +124,7 @@ class SelfExitProposer:
         Whatever was pending is forgotten: a request that was not scheduled, or not as it was drafted, starts anew.
         """
         last_round, self._round = self._round, None
+        self._verifying = last_round
         if last_round is None or input_ids is None:
             return None
         batch = runner.input_batch
@@ -117,7 +149,10 @@ class SelfExitProposer:
             positions,
             Pending(tensor(at), states, tensor(fresh)),
             lambda: self._kv_context(
-                runner, tensor(np.flatnonzero(left)), tensor(left[left > 0]), positions[tensor(fresh)]
+                runner,
+                self._blocks(runner, tensor(np.flatnonzero(left))),
+                tensor(left[left > 0]),
+                positions[tensor(fresh)],
             ),
         )
 
@@ -135,32 +170,43 @@ class SelfExitProposer:
                 return 0
         return max(0, min(longest, wanted - 1))
 
+    def _learn(self, runner: Any, sampled_token_ids: list[list[int]], verified: list[int] | None) -> None:
+        """Tell the policy what became of the last round's drafts."""
+        last_round, self._verifying = self._verifying, None
+        if last_round is None or verified is None:
+            return
+        for row, (sampled, drafted) in enumerate(zip(sampled_token_ids, verified, strict=True)):
+            found = last_round.rows.get(id(runner.requests[runner.input_batch.req_ids[row]]))
+            if found is not None and sampled and drafted:
+                self.drafter.policy.learn(found, drafted, len(sampled) - 1)
+
+    def _blocks(self, runner: Any, rows: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return the block tables of some of the batch's rows, int64 [n], by KV cache group; each [n, max_blocks]."""
+        tables, num_reqs = runner.input_batch.block_table, runner.input_batch.num_reqs
+        return {n: tables[n].get_device_tensor(num_reqs)[rows] for n in range(len(runner.attn_groups))}
+
     @contextmanager
     def _kv_context(
-        self, runner: Any, rows: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor
+        self, runner: Any, blocks: dict[int, torch.Tensor], counts: torch.Tensor, positions: torch.Tensor
     ) -> Iterator[None]:
         """A forward context of some tokens of some sequences, KV going to the target's own blocks.
 
         Args:
             runner: The V1 model runner.
-            rows: The sequences' rows in its batch, int64 [n].
-            counts: Tokens of each, int64 [n].
+            blocks: The sequences' block tables by KV cache group, each [n, max_blocks].
+            counts: Tokens of each sequence, int64 [n].
             positions: Of the tokens, rising within a sequence, int64 [counts.sum()].
         """
-        n, num_tokens = len(rows), len(positions)
+        n, num_tokens = len(counts), len(positions)
         ends = counts.cumsum(0)
         seq_lens = (positions[ends - 1] + 1).to(torch.int32)
         starts = torch.zeros(n + 1, dtype=torch.int32)
         starts[1:] = ends
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
-        for group_id, attn_groups in enumerate(runner.attn_groups):
-            names = {name for group in attn_groups for name in group.layer_names}
-            if names.isdisjoint(self.drafter.layer_names):
-                continue
-            table = runner.input_batch.block_table[group_id]
-            blocks = table.get_device_tensor(runner.input_batch.num_reqs)[rows]
-            slot_mapping = slots_of(blocks.repeat_interleave(counts, dim=0), positions, table.block_size)
+        for number, attn_groups in enumerate(runner.attn_groups):
+            size = runner.input_batch.block_table[number].block_size
+            slot_mapping = slots_of(blocks[number].repeat_interleave(counts, dim=0), positions, size)
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
                 query_start_loc_cpu=starts,
@@ -170,7 +216,7 @@ class SelfExitProposer:
                 num_actual_tokens=num_tokens,
                 max_query_len=int(counts.max()),
                 max_seq_len=int(seq_lens.max()),
-                block_table_tensor=blocks,
+                block_table_tensor=blocks[number],
                 slot_mapping=slot_mapping,
                 positions=positions,
             )

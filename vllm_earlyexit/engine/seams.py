@@ -243,6 +243,19 @@ def _resume_in_runner(original: Callable) -> Callable:
     return _model_forward
 
 
+def _measure_when_warm(original: Callable) -> Callable:
+    def compile_or_warm_up_model(self: Any) -> None:
+        original(self)
+        if uses_self_exit(self.speculative_config):
+            self.collective_rpc(_measure)
+
+    return compile_or_warm_up_model
+
+
+def _measure(worker: Any) -> None:
+    worker.model_runner.drafter.measure(worker.model_runner)
+
+
 def _expand_on_cpu(original: Callable) -> Callable:
     def expand_batch_to_tokens(
         x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
@@ -339,6 +352,15 @@ SEAMS = (
         upstream="vLLM documents this method as one to override; a hook for proposers would replace the seam.",
         expects=("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds", "model_kwargs"),
         wrap=_resume_in_runner,
+    ),
+    Seam(
+        target="vllm.v1.executor.abstract:Executor.compile_or_warm_up_model",
+        stage="engine",
+        why="The cost model needs the times of a step's parts on the machine that serves, before the first request.",
+        how="Afterwards lets each worker's proposer run them over vLLM's null block.",
+        upstream="A warm-up hook for custom_class proposers would replace it.",
+        expects=("self",),
+        wrap=_measure_when_warm,
     ),
     Seam(
         target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
