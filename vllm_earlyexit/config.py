@@ -177,12 +177,13 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     if exit_layer is None:
         exit_layer = best.exit_layer if best else heads.exits[0].exit_layer
     calibration = heads.exit(exit_layer).calibration
-    policy = knobs.policy or _default_policy(knobs, calibrated=calibration is not None)
+    mapped = calibration is not None and bool(calibration.positions)
+    policy = knobs.policy or _default_policy(knobs, calibrated=calibration is not None, mapped=mapped)
     length = best.num_speculative_tokens if best and policy != "auto" else DEFAULT_DRAFT_LENGTH
     draft_length = knobs.num_speculative_tokens or length
     if policy != "entropy" and knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
-    if policy != "fixed" and calibration is None:
+    if (policy == "entropy" and calibration is None) or (policy == "auto" and not mapped):
         raise EarlyExitError(
             f"self-exit: the heads in {where} are not calibrated; run 'vllm-earlyexit calibrate' or use policy='fixed'"
         )
@@ -193,7 +194,8 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold)
 
 
-def _default_policy(knobs: Knobs, *, calibrated: bool) -> PolicyName:
+def _default_policy(knobs: Knobs, *, calibrated: bool, mapped: bool) -> PolicyName:
+    """Return ``auto`` where acceptance is mapped, unless an accuracy is asked for; it needs ``entropy``."""
     if not calibrated:
         return "fixed"
-    return "entropy" if knobs.target_accuracy is not None else "auto"
+    return "auto" if mapped and knobs.target_accuracy is None else "entropy"

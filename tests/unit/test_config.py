@@ -55,7 +55,7 @@ def test_contradictions_of_other_methods_are_left_to_vllm():
         ({"exit_layer": 0}, r"exit_layer=0 does not work: .*greater than 0"),
         ({"num_speculative_tokens": 0}, r"num_speculative_tokens=0 does not work: .*greater than 0"),
         ({"num_speculative_tokens": 65}, r"less than or equal to 64"),
-        ({"policy": "greedy"}, r"policy='greedy' does not work: .*'fixed' or 'entropy'"),
+        ({"policy": "greedy"}, r"policy='greedy' does not work: .*'auto', 'entropy' or 'fixed'"),
         ({"target_accuracy": 1.5}, r"target_accuracy=1\.5"),
         ({"head": "tail"}, r"head='tail'"),
     ],

@@ -31,10 +31,20 @@ def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObjec
         for row, depth, token in zip(rows, depths, step.input_ids.tolist(), strict=True):
             assert depth < limits[row], "a token past the reserved slots would be fed"
             assert token == (row + 7 if depth == 0 else 100 * row + depth - 1), "each token is fed once, in order"
+        frontier.keep({"hidden": torch.stack([step.rows, step.positions], dim=1)})
         drafted = torch.tensor([100 * row + depth for row, depth in zip(rows, depths, strict=True)])
         frontier.advance(drafted, torch.tensor([sure[row][depth] for row, depth in zip(rows, depths, strict=True)]))
 
     assert frontier.drafts() == slow_drafts(limits, sure)
+    for row in range(n):
+        pending, draft = frontier.pending(row), frontier.drafts()[row]
+        full = len(draft) == limits[row]
+        # The last token of a full draft was never fed; that of another was, and its successor was not kept.
+        assert pending == ([row + 7, *draft][:-1] if full else [row + 7, *draft]) or limits[row] == 0 == len(pending)
+        if pending:
+            columns = torch.arange(len(pending))
+            kept = frontier.states(torch.full_like(columns, row), columns)["hidden"]
+            assert kept.tolist() == [[row, first[row] + column] for column in columns.tolist()]
 
 
 def test_a_round_without_room_has_no_step():

@@ -5,6 +5,8 @@ import torch
 from vllm_earlyexit.engine.policy import EntropyPolicy, FixedPolicy
 from vllm_earlyexit.heads.uncertainty import entropy
 
+ROWS = torch.arange(2)
+
 
 def test_entropy_of_known_distributions():
     uniform = torch.zeros(1, 8)
@@ -17,13 +19,15 @@ def test_entropy_of_known_distributions():
 
 def test_entropy_policy_keeps_tokens_at_or_below_the_threshold():
     logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
-    assert EntropyPolicy(0.1).keep(logits).tolist() == [False, True]
-    assert EntropyPolicy(1.0).keep(logits).tolist() == [True, True]
+    assert EntropyPolicy(0.1).decide(ROWS, logits).keep.tolist() == [False, True]
+    assert EntropyPolicy(1.0).decide(ROWS, logits).keep.tolist() == [True, True]
 
 
 def test_logits_that_are_not_numbers_stop_an_entropy_draft():
-    assert EntropyPolicy(10.0).keep(torch.full((1, 4), math.nan)).tolist() == [False]
+    assert EntropyPolicy(10.0).decide(ROWS[:1], torch.full((1, 4), math.nan)).keep.tolist() == [False]
 
 
 def test_fixed_policy_keeps_everything():
-    assert FixedPolicy().keep(torch.zeros(3, 4)).tolist() == [True] * 3
+    decision = FixedPolicy().decide(ROWS, torch.zeros(2, 4))
+    assert decision.keep.tolist() == [True, True]
+    assert decision.go_on

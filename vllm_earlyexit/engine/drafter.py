@@ -56,7 +56,7 @@ def as_vllm(module: nn.Module) -> nn.Module:
             setattr(module, name, as_vllm(child))
         return module
     weight, bias = module.weight, module.bias
-    served = ReplicatedLinear(
+    served: Any = ReplicatedLinear(
         module.in_features,
         module.out_features,
         bias=bias is not None,
@@ -67,7 +67,6 @@ def as_vllm(module: nn.Module) -> nn.Module:
     served.weight.data.copy_(weight)
     if bias is not None:
         served.bias.data.copy_(bias)
-    assert served.quant_method is not None
     served.quant_method.process_weights_after_loading(served)
     return served
 
@@ -88,7 +87,7 @@ class ExitHead:
         self._last = PagedLastLayer(model)
         self.layer_names = self._last.layer_names if isinstance(module, TailHead) else []
         self._vocab: torch.Tensor | None = None
-        self._rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._rows: Any = None
         module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
         with set_current_vllm_config(vllm_config), torch.device(weight.device):
             self._module = as_vllm(module)

@@ -13,6 +13,10 @@ from vllm_earlyexit.engine.cost import Acceptance, StepTimes
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 from vllm_earlyexit.heads.uncertainty import entropy
 
+GRID = np.linspace(0, 1, 65)
+TOLERANCE = 0.02
+"""Change of rate times correction from which on values are tabulated anew."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -77,12 +81,13 @@ class AutoPolicy:
     accepted, one token more. With λ the tokens per second that the batch makes anyway, keeping m tokens is worth
     Σ P_r - λ (s(m) + d(n + m) - d(n)), where P_r is the probability that row r's draft is accepted up to and with its
     newest token and n tokens are to be verified as it is. Asking the head once more costs λ h(m), because feeding the
-    kept tokens below the cut is due in any case; it is worth the expected value of having the choice. λ starts at
-    plain decoding's rate and follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
+    kept tokens below the cut is due in any case; it is worth what having the choice is worth, by dynamic programming
+    over the calibrated spread of acceptance at the draft positions to come. λ starts at plain decoding's rate and
+    follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
 
     Args:
         acceptance: From entropy to acceptance.
-        longest: The longest draft, for which the values above are bounded.
+        longest: The longest draft.
     """
 
     MEMORY = 0.95
@@ -92,6 +97,7 @@ class AutoPolicy:
         self.times: StepTimes | None = None
         """Set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
+        self._values: dict[int, tuple[float, list[np.ndarray]]] = {}
         self._drafted: dict[int, list[float]] = {}
         self._around = self._spent = self._began = 0.0
         self._batch = self._tokens = self._step = 0
@@ -106,7 +112,7 @@ class AutoPolicy:
         self._batch, self._tokens, self._step, self._spent = num_seqs, num_seqs, 0, 0.0
         self._reached = np.ones(num_seqs)
         self._drafted = {}
-        asked = num_seqs > 0 and self._worth_asking(self._reached)
+        asked = num_seqs > 0 and bool(self._asking(self._reached, 0).sum() > 0)
         if not asked:
             self._acceptance.forget()
         return asked
@@ -119,7 +125,9 @@ class AutoPolicy:
         reached = self._reached[at] * probability
         self._spent += self.times.at("head", len(at))
         order = np.argsort(-reached, kind="stable")
-        values = reached[order].cumsum() - self._rate * np.array([self._added(m) for m in range(1, len(at) + 1)])
+        later = np.maximum(self._asking(reached, self._step + 1), 0)
+        added = np.array([self._added(m) for m in range(1, len(at) + 1)])
+        values = (reached + later)[order].cumsum() - self._rate * added
         best = int(values.argmax())
         kept = np.zeros(len(at), dtype=bool)
         if values[best] > 0:
@@ -130,7 +138,7 @@ class AutoPolicy:
         self._spent += self._added(int(kept.sum()))
         self._tokens += int(kept.sum())
         self._step += 1
-        go_on = bool(kept.any()) and self._step < self._longest and self._worth_asking(reached[kept])
+        go_on = bool(kept.any()) and bool(self._asking(reached[kept], self._step).sum() > 0)
         return Decision(torch.from_numpy(kept).to(logits.device), go_on)
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
@@ -154,16 +162,33 @@ class AutoPolicy:
         deep = self.times.at("deep", self._tokens + m) - self.times.at("deep", self._tokens)
         return self.times.at("shallow", m) + deep
 
-    def _worth_asking(self, reached: np.ndarray) -> bool:
-        """Say whether the expected value of having a next token to keep exceeds the head's cost.
+    def _asking(self, reached: np.ndarray, step: int) -> np.ndarray:
+        """Return for each row what asking the head at draft position ``step`` is worth, in tokens; [n].
 
-        The fixed part of feeding is shared among the rows that may keep a token.
+        Costs that rows share are split among the n of them.
         """
+        n = len(reached)
+        if step >= self._longest:
+            return np.full(n, -1.0)
+        key = self._rate * self._acceptance.correction
+        known = self._values.get(n)
+        if known is None or abs(known[0] / key - 1) > TOLERANCE:
+            known = self._values[n] = (key, self._tabulate(n))
+        return np.interp(reached, GRID, known[1][step])
+
+    def _tabulate(self, n: int) -> list[np.ndarray]:
+        """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
         assert self.times is not None
-        m = len(reached)
-        each = self._rate * self._added(m) / m
-        gain = np.maximum(reached[:, None] * self._acceptance.spread(self._step)[None, :] - each, 0).mean(axis=1).sum()
-        return bool(gain > self._rate * self.times.at("head", m))
+        each = self._rate * self._added(n) / n
+        head = self._rate * self.times.at("head", n) / n
+        tables: list[np.ndarray] = []
+        later = np.zeros_like(GRID)
+        for step in reversed(range(self._longest)):
+            reached = GRID[:, None] * self._acceptance.spread(step)[None, :]
+            kept = reached - each + np.interp(reached, GRID, later)
+            tables.append(np.maximum(kept, 0).mean(axis=1) - head)
+            later = np.maximum(tables[-1], 0)
+        return tables[::-1]
 
     def _close(self, times: StepTimes) -> None:
         """Remember the expected tokens and seconds of the round that ends, and what it took beside the model."""

@@ -1,0 +1,181 @@
+"""The auto policy: its decisions in known cases, and its speed in simulated decoding."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_earlyexit.engine.cost import Acceptance, StepTimes, measure
+from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Policy
+
+ENTROPY = np.linspace(0, 4, 32)
+LONGEST = 6
+CPU = StepTimes((1, 8), (5e-3, 5.5e-3), (2e-3, 2.5e-3), (15e-3, 17e-3), (20e-3, 22e-3))
+"""Decoding bound by memory: more tokens cost hardly more."""
+FREE = StepTimes((1, 8), (1e-3, 1e-3), (0.0, 0.0), (99e-3, 99e-3), (100e-3, 100e-3))
+BOUND = StepTimes((1, 8), (5e-3, 40e-3), (2e-3, 16e-3), (15e-3, 120e-3), (20e-3, 160e-3))
+"""Decoding bound by arithmetic: each token costs its share."""
+
+
+def acceptance(sharpness: float = 0.7) -> Acceptance:
+    return Acceptance([ENTROPY.tolist()] * 4, [np.exp(-sharpness * ENTROPY).tolist()] * 4)
+
+
+def auto(times: StepTimes, **arguments: float) -> AutoPolicy:
+    policy = AutoPolicy(acceptance(**arguments), LONGEST)
+    policy.times = times
+    return policy
+
+
+def logits_of(entropy: list[float], size: int = 400) -> torch.Tensor:
+    """Logits with about these entropies: one likely token and many equally unlikely ones."""
+    from scipy.optimize import brentq
+
+    from vllm_earlyexit.heads.uncertainty import entropy as entropy_of
+
+    def row(top: float) -> torch.Tensor:
+        return torch.tensor([[top] + [0.0] * (size - 1)])
+
+    tops = [brentq(lambda top, h=h: entropy_of(row(top)).item() - h, 0, 60) if h > 0 else 60.0 for h in entropy]
+    return torch.cat([row(top) for top in tops])
+
+
+def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
+    assert auto(FREE).begin(1)
+    assert not auto(BOUND).begin(1)
+    assert not AutoPolicy(acceptance(), LONGEST).begin(1), "nothing is measured yet"
+
+
+def test_it_keeps_the_sure_rows_of_a_batch():
+    policy = auto(replace(CPU, head=(2e-4, 3e-4)), sharpness=1.0)
+    assert policy.begin(3)
+    decision = policy.decide(torch.arange(3), logits_of([0.05, 3.9, 0.1]))
+    assert decision.keep.tolist() == [True, False, True]
+    assert decision.go_on
+    assert not policy.decide(torch.tensor([0, 2]), logits_of([3.9, 3.9])).keep.any()
+
+
+def test_it_stops_at_the_longest_draft_and_at_logits_that_are_not_numbers():
+    policy = auto(FREE)
+    assert policy.begin(1)
+    decisions = [policy.decide(torch.tensor([0]), logits_of([0.0])) for _ in range(LONGEST)]
+    assert [decision.go_on for decision in decisions] == [True] * (LONGEST - 1) + [False]
+    assert policy.begin(1)
+    assert policy.decide(torch.tensor([0]), torch.full((1, 4), torch.nan)).keep.tolist() == [False]
+
+
+def test_a_batch_too_large_to_profit_is_not_drafted_for():
+    shallow, head = (5e-3, 6e-3, 8e-3, 30e-3), (2e-3, 3e-3, 4e-3, 15e-3)
+    deep, plain = (15e-3, 16e-3, 24e-3, 90e-3), (20e-3, 22e-3, 32e-3, 120e-3)
+    times = StepTimes((1, 8, 16, 64), shallow, head, deep, plain)
+    assert [auto(times).begin(n) for n in (1, 4, 32, 64)] == [True, True, False, False]
+
+
+def test_verification_corrects_calibration_and_the_correction_fades():
+    policy = auto(CPU, sharpness=0.3)
+    rounds = 0
+    while policy.begin(1):
+        rounds += 1
+        assert rounds < 500, "rejected drafts must turn drafting off"
+        if policy.decide(torch.tensor([0]), logits_of([0.05])).keep.item():
+            policy.learn(0, 1, 0)
+    assert rounds > 5
+    tried = 0
+    for _ in range(1000):
+        if policy.begin(1):
+            tried += 1
+            if policy.decide(torch.tensor([0]), logits_of([0.05])).keep.item():
+                policy.learn(0, 1, 0)
+    assert 0 < tried < 100, "it is tried again now and then"
+
+
+def test_only_drafts_that_verification_reached_are_learned_from():
+    policy = auto(FREE)
+    policy.begin(1)
+    for _ in range(3):
+        policy.decide(torch.tensor([0]), logits_of([1.0]))
+    before = policy._acceptance.correction
+    policy.learn(0, 3, 0)
+    assert policy._acceptance._expected == pytest.approx(np.exp(-0.7), abs=0.02), "one of three was tested"
+    assert policy._acceptance.correction < before
+
+
+def test_times_are_interpolated_and_extended():
+    assert CPU.at("shallow", 0) == 0
+    assert CPU.at("shallow", 1) == 5e-3
+    assert CPU.at("deep", 4.5) == pytest.approx(16e-3)
+    assert CPU.at("plain", 15) == pytest.approx(24e-3)
+
+
+def test_measured_times_never_fall_with_size():
+    seconds = {1: 3.0, 2: 2.0, 4: 5.0}
+    times = measure(lambda part, n: seconds[n], longest=5)
+    assert times.sizes == (1, 2, 4)
+    assert times.deep == (3.0, 3.0, 5.0)
+
+
+@dataclass
+class Simulation:
+    """Decoding with these times, a head whose entropies are uniform, and acceptance as calibrated (times ``truth``)."""
+
+    times: StepTimes
+    sharpness: float
+    truth: float = 1.0
+
+    def tokens_per_second(self, policy: Policy, rounds: int = 1500) -> float:
+        draw = np.random.default_rng(0)  # the same text for every policy
+        knots = draw.integers(len(ENTROPY), size=(rounds, LONGEST))
+        luck = draw.uniform(size=(rounds, LONGEST))
+        tokens, seconds = 0, 0.0
+        table = logits_of(ENTROPY.tolist())
+        for n in range(rounds):
+            drafted: list[bool] = []
+            fed = 0
+            go_on = policy.begin(1)
+            while go_on:
+                fed += 1
+                seconds += self.times.at("head", 1) + (self.times.at("shallow", 1) if fed > 1 else 0)
+                knot = int(knots[n, fed - 1])
+                decision = policy.decide(torch.tensor([0]), table[knot : knot + 1])
+                kept = bool(decision.keep.item())
+                if kept:
+                    drafted.append(luck[n, fed - 1] < self.truth * np.exp(-self.sharpness * ENTROPY[knot]))
+                go_on = kept and decision.go_on and len(drafted) < LONGEST
+            seconds += self.times.at("plain", 1) + self.times.at("deep", 1 + len(drafted)) - self.times.at("deep", 1)
+            seconds += self.times.at("shallow", 1) if len(drafted) >= max(fed, 1) else 0
+            accepted = [*drafted, False].index(False)
+            policy.learn(0, len(drafted), accepted)
+            tokens += accepted + 1
+        return tokens / seconds
+
+
+class FixedLength(FixedPolicy):
+    """Always drafts the same number of tokens, possibly none."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def begin(self, num_seqs: int) -> bool:
+        self.left = self.length
+        return self.length > 0
+
+    def decide(self, rows: torch.Tensor, logits: torch.Tensor):  # type: ignore[no-untyped-def]
+        self.left -= 1
+        decision = super().decide(rows, logits)
+        return type(decision)(decision.keep, self.left > 0)
+
+
+@pytest.mark.parametrize("times", [CPU, FREE, BOUND], ids=["memory-bound", "free", "compute-bound"])
+@pytest.mark.parametrize("sharpness", [0.1, 0.4, 1.5])
+def test_in_simulation_it_beats_every_fixed_length_and_plain_decoding(times: StepTimes, sharpness: float):
+    world = Simulation(times, sharpness)
+    fixed = max(world.tokens_per_second(FixedLength(n)) for n in range(LONGEST + 1))
+    assert world.tokens_per_second(auto(times, sharpness=sharpness)) >= 0.99 * fixed
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.3])
+def test_with_wrong_calibration_it_is_hardly_slower_than_plain_decoding(truth: float):
+    world = Simulation(CPU, 0.3, truth)
+    plain = world.tokens_per_second(FixedLength(0))
+    assert world.tokens_per_second(auto(CPU, sharpness=0.3)) >= 0.97 * plain
