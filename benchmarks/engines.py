@@ -1,0 +1,234 @@
+"""What the throughput benchmark compares: each configuration as an engine that answers prompts and counts."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllm_earlyexit.heads.fingerprint import model_folder, text_config
+
+
+@dataclass
+class Run:
+    """One pass over the prompts at one concurrency.
+
+    Attributes:
+        seconds: From the first request to the last token.
+        outputs: Generated token ids, prompt by prompt.
+        drafts: Rounds in which something was drafted.
+        drafted: Draft tokens verified.
+        accepted: Draft tokens accepted.
+        accepted_at: Draft tokens accepted at each draft position.
+        split: Seconds by part of a step, if asked for.
+    """
+
+    seconds: float
+    outputs: list[list[int]]
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    split: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens."""
+        return sum(map(len, self.outputs))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all configurations of a benchmark share.
+
+    Attributes:
+        model: Folder or Hub id.
+        heads: Folder of exit heads; None for the shipped ones.
+        dtype: Of the engine.
+        compiled: Whether vLLM compiles the model.
+        max_tokens: Longest answer.
+        max_num_seqs: Largest concurrency.
+        max_model_len: Prompt and answer.
+    """
+
+    model: str
+    heads: str | None
+    dtype: str
+    compiled: bool
+    max_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+class Engine(Protocol):
+    """Answers prompts greedily."""
+
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+        """Answer all prompts, ``concurrency`` at a time."""
+
+
+def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
+    """Return vLLM's ``speculative_config`` for the name of a configuration.
+
+    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``entropy``: the calibrated threshold. ``fixed:E:K``:
+    LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared,
+    untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:K``: vLLM's prompt lookup.
+    """
+    name, *numbers = config.split(":")
+    ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
+    match name, [int(number) for number in numbers]:
+        case "ar", []:
+            return None
+        case "self-exit", []:
+            return ours
+        case "entropy", []:
+            return ours | {"policy": "entropy"}
+        case "fixed", [layer, length]:
+            return ours | {"policy": "fixed", "exit_layer": layer, "num_speculative_tokens": length}
+        case "layerskip", []:
+            layers = text_config(model_folder(setup.model))["num_hidden_layers"]
+            return speculative_config(f"layerskip:{layers // 4}:4", setup)
+        case "layerskip", [layer, length]:
+            return {"method": "self_exit", "head": "shared", "exit_layer": layer, "num_speculative_tokens": length}
+        case "ngram", [length]:
+            return {"method": "ngram", "num_speculative_tokens": length, "prompt_lookup_max": 4}
+    raise ValueError(
+        f"there is no configuration {config!r}; write ar, self-exit, entropy, fixed:LAYER:LENGTH, "
+        "layerskip[:LAYER:LENGTH], ngram:LENGTH or transformers:LAYER"
+    )
+
+
+class VLLMEngine:
+    """vLLM, in this process."""
+
+    def __init__(self, config: str, setup: Setup):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        self._setup = setup
+        self._llm = LLM(
+            setup.model,
+            dtype=setup.dtype,
+            enforce_eager=not setup.compiled,
+            max_model_len=setup.max_model_len,
+            max_num_seqs=setup.max_num_seqs,
+            enable_prefix_caching=False,
+            speculative_config=speculative_config(config, setup),
+            disable_log_stats=False,
+        )
+        self._number = 0
+
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+        """Answer all prompts; as soon as one is done the next one starts."""
+        from vllm import SamplingParams
+
+        engine, tokenizer = self._llm.llm_engine, self._llm.get_tokenizer()
+        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens)
+        waiting = deque(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for prompt in prompts
+        )
+        first, outputs = self._number, {}
+        before, parts = self._counts(), {}
+        with timed_parts(self._llm, parts) if split else _nothing():
+            started = time.perf_counter()
+            running = 0
+            while waiting or running:
+                while waiting and running < concurrency:
+                    engine.add_request(str(self._number), {"prompt_token_ids": waiting.popleft()}, params)
+                    self._number += 1
+                    running += 1
+                for output in engine.step():
+                    if output.finished:
+                        outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
+                        running -= 1
+            seconds = time.perf_counter() - started
+        after = self._counts()
+        drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
+        answers = [outputs[number] for number in range(first, self._number)]
+        return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts)
+
+    def _counts(self) -> list[int]:
+        prefix = "vllm:spec_decode_num_"
+        found = {metric.name.removeprefix(prefix): metric for metric in self._llm.get_metrics()}
+        totals = [int(getattr(found.get(name), "value", 0)) for name in ("drafts", "draft_tokens", "accepted_tokens")]
+        return [*totals, *map(int, getattr(found.get("accepted_tokens_per_pos"), "values", []))]
+
+
+class TransformersEngine:
+    """transformers' own early exit, one prompt at a time."""
+
+    def __init__(self, config: str, setup: Setup):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._setup, self._layer = setup, int(config.split(":")[1])
+        self._tokenizer = AutoTokenizer.from_pretrained(setup.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(setup.model, dtype=getattr(torch, setup.dtype))
+        self._model = model.eval()
+
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+        """Answer all prompts one after the other, whatever ``concurrency``."""
+        outputs, started = [], time.perf_counter()
+        for prompt in prompts:
+            inputs = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            answer = self._model.generate(
+                **inputs,
+                max_new_tokens=self._setup.max_tokens,
+                do_sample=False,
+                assistant_early_exit=self._layer,
+            )
+            outputs.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
+        return Run(time.perf_counter() - started, outputs)
+
+
+def build(config: str, setup: Setup) -> Engine:
+    """Return the engine of a configuration; see ``speculative_config``, and ``transformers:E``."""
+    return TransformersEngine(config, setup) if config.startswith("transformers") else VLLMEngine(config, setup)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of a step's parts in ``parts`` while an in-process V1 engine runs."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    drafter = getattr(getattr(runner, "drafter", None), "drafter", None)
+    watched: list[tuple[str, Any, str]] = [("lm_head", runner.model, "compute_logits")]
+    if drafter is None:
+        watched.append(("layers", runner.model, "forward"))
+    else:
+        watched += [("head", drafter._head, "features"), ("head", drafter._head, "logits")]
+        watched += [(part, getattr(drafter, part)._model, "forward") for part in ("shallow", "deep")]
+    replaced: list[tuple[Any, str]] = []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                parts[part] = parts.get(part, 0.0) + time.perf_counter() - started
+
+        return call
+
+    try:
+        for part, owner, name in watched:
+            setattr(owner, name, timed(part, getattr(owner, name)))
+            replaced.append((owner, name))
+        yield
+    finally:
+        for owner, name in replaced:
+            delattr(owner, name)

@@ -1,0 +1,208 @@
+"""Tokens per second of self-exit, LayerSkip's rule, vLLM's own and transformers, launched with Ray.
+
+    python -m benchmarks.throughput --model MODEL --prompts FILE.jsonl --num-prompts 20 --max-tokens 128
+        --concurrency 1 8 --configs ar layerskip:8:3 self-exit --repeats 5 --out FOLDER
+
+Every configuration is a Ray actor in a process of its own. On one machine the engines stay up and take turns, one run
+at a time, through all repeats, so that a noisy machine is equally unkind to all of them; with ``--ray-address`` actors
+spread over a cluster's nodes. Writes results.json, a list of records, and pictures beside it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.engines import Run, Setup, build, speculative_config
+from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
+from vllm_earlyexit.demo import cpu_environment
+from vllm_earlyexit.provenance import provenance
+from vllm_earlyexit.training.records import read_records
+
+WARM_UP = 2
+
+
+class Contestant:
+    """One configuration's engine, as a Ray actor."""
+
+    def __init__(self, config: str, setup: Setup, prompts: list[str]):
+        self._engine, self._prompts = build(config, setup), prompts
+        self._engine.run(prompts[:WARM_UP], 1)
+
+    def run(self, concurrency: int, split: bool = False) -> Run:
+        """Answer all prompts."""
+        return self._engine.run(self._prompts, concurrency, split)
+
+
+def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, int, str]]:
+    """Yield repeat, concurrency and configuration; the order of configurations is reversed every other time."""
+    for repeat in range(repeats):
+        for concurrency in concurrencies:
+            for config in configs if repeat % 2 == 0 else configs[::-1]:
+                if concurrency == 1 or not config.startswith("transformers"):
+                    yield repeat, concurrency, config
+
+
+def record(
+    setup: Setup, prompts: Path, config: str, concurrency: int, runs: list[Run], plain: list[Run] | None
+) -> dict[str, Any]:
+    """Return one record of results.json from all repeats of a configuration at a concurrency."""
+    speeds = [run.tokens / run.seconds for run in runs]
+    ratios = [speed / (base.tokens / base.seconds) for speed, base in zip(speeds, plain or [], strict=bool(plain))]
+    first = runs[0]
+    drafted, accepted = sum(run.drafted for run in runs), sum(run.accepted for run in runs)
+    drafts = sum(run.drafts for run in runs)
+    speed = statistics.median(speeds)
+    same = [a == b for a, b in zip(first.outputs, plain[0].outputs, strict=True)] if plain else []
+    return {
+        "config": config,
+        "model": Path(setup.model).name,
+        "dtype": setup.dtype,
+        "compiled": setup.compiled and not config.startswith("transformers"),
+        "concurrency": concurrency,
+        "prompts": prompts.name,
+        "num_prompts": len(first.outputs),
+        "tokens_per_s": round(speed, 2),
+        "ms_per_token": round(1000 / speed, 3),
+        "speedup_vs_ar": round(statistics.median(ratios), 3) if ratios else None,
+        "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
+        "acceptance_length": round(1 + accepted / drafts, 3) if drafts else None,
+        "drafted": drafted,
+        "accepted": accepted,
+        "accepted_at": [sum(at) for at in zip(*(run.accepted_at for run in runs), strict=True)],
+        "drafts": drafts,
+        "identical_outputs": sum(same) if plain else None,
+        "repeats": [round(value, 2) for value in speeds],
+        "ratios": [round(value, 3) for value in ratios],
+    }
+
+
+def start(configs: list[str], setup: Setup, prompts: list[str], address: str | None) -> dict[str, Any]:
+    """Start one actor for each configuration, one after the other, and return them by name."""
+    import ray
+
+    local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": len(configs)}
+    ray.init(address=address, log_to_driver=False, **({} if address else local))
+    wanted = ("LD_PRELOAD", "VLLM_", "HF_HUB_OFFLINE", "PYTHONPATH")
+    environment = {key: value for key, value in cpu_environment().items() if key.startswith(wanted)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    placed: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if address else {}
+    actor = ray.remote(Contestant).options(num_cpus=1, runtime_env={"env_vars": environment}, **placed)
+    contestants = {}
+    for config in configs:
+        contestants[config] = actor.remote(config, setup, prompts)
+        ray.get(contestants[config].__ray_ready__.remote())
+    return contestants
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
+    parser.add_argument("--model", required=True, help="Folder or Hub id.")
+    parser.add_argument("--heads", help="Folder of exit heads; by default the shipped ones.")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with turns; the first turn is asked.")
+    parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="Requests at a time.")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=["ar", "self-exit"],
+        help="ar, self-exit, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:LENGTH, transformers:LAYER.",
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--ray-address", help="Of a running cluster; by default one is started on this machine.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of results.json and pictures.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every configuration at every concurrency, in turns, and report medians."""
+    import ray
+
+    options, console = parsed(), Console()
+    setup = Setup(
+        str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
+        str(Path(options.heads).resolve()) if options.heads else None,
+        options.dtype,
+        not options.enforce_eager,
+        options.max_tokens,
+        max(options.concurrency),
+        options.max_model_len,
+    )
+    configs: list[str] = options.configs
+    for name in configs:
+        if not name.startswith("transformers"):
+            try:
+                speculative_config(name, setup)
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
+    asked = [item["turns"][0] for item in read_records(options.prompts)][: options.num_prompts]
+    runs: dict[tuple[str, int], list[Run]] = {}
+    try:
+        console.print(f"starting {', '.join(configs)} …")
+        contestants = start(configs, setup, asked, options.ray_address)
+        schedule = list(turns(configs, options.concurrency, options.repeats))
+        with Progress(console=console) as progress:
+            bar = progress.add_task("running", total=len(schedule))
+            for _, width, name in schedule:
+                runs.setdefault((name, width), []).append(ray.get(contestants[name].run.remote(width)))
+                progress.advance(bar)
+                write(options.out, setup, options.prompts, runs, {})
+        ours = [name for name in configs if not name.startswith(("transformers", "ngram"))]
+        splits = {name: ray.get(contestants[name].run.remote(1, split=True)) for name in ours}
+    finally:
+        ray.shutdown()
+    records = write(options.out, setup, options.prompts, runs, splits)
+    console.print(_table(records))
+    speed_against_concurrency(records, options.out / "speed.png")
+    acceptance_by_position(records, options.out / "acceptance.png")
+    time_split(records, options.out / "time-split.png")
+
+
+def write(
+    out: Path, setup: Setup, prompts: Path, runs: dict[tuple[str, int], list[Run]], splits: dict[str, Run]
+) -> list[dict[str, Any]]:
+    """Write results.json from all runs that have their plain counterpart; return its records."""
+    records, source = [], provenance("python -m benchmarks.throughput")
+    for (name, width), done in runs.items():
+        plain = runs.get(("ar", width), [])
+        if name != "ar" and 0 < len(plain) < len(done):
+            continue
+        item = record(setup, prompts, name, width, done, plain[: len(done)] if name != "ar" else None)
+        if width == 1 and (split := splits.get(name)):
+            spent = split.split | {"engine": split.seconds - sum(split.split.values())}
+            item["ms_per_token_by_part"] = {part: round(1000 * s / split.tokens, 3) for part, s in spent.items()}
+        records.append(item | {"provenance": source})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    return records
+
+
+def _table(records: list[dict[str, Any]]) -> Table:
+    table = Table("configuration", "concurrency", "tokens/s", "x plain", "acceptance", "length", "identical")
+    for item in records:
+        table.add_row(
+            item["config"],
+            str(item["concurrency"]),
+            f"{item['tokens_per_s']:.1f}",
+            "" if item["speedup_vs_ar"] is None else f"{item['speedup_vs_ar']:.2f}",
+            "" if item["acceptance_rate"] is None else f"{item['acceptance_rate']:.0%}",
+            "" if item["acceptance_length"] is None else f"{item['acceptance_length']:.2f}",
+            "" if item["identical_outputs"] is None else f"{item['identical_outputs']}/{item['num_prompts']}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
