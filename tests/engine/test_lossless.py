@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import counters, engine
+from tests.engine.conftest import counters, engine, runner_of
 from tests.engine.heads import random_heads
+from vllm_earlyexit.engine.cost import StepTimes
 
 MAX_TOKENS = 64
+CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
 NEAR_TIE = 1e-3
 EXCUSES = 1 / 50
-SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)]
+SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)] + [("auto", 4)]
 
 
 def answer(llm: Any, prompts: list[str], batch_size: int) -> list[list[int]]:
@@ -76,6 +78,10 @@ def plain(smollm2: Path, prompts: list[str]) -> Reference:
 def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: str, length: int):
     setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": length}
     with engine(smollm2, speculative_config=setting) as llm:
+        if policy == "auto":  # whatever this machine's times are, it shall draft
+            chosen = runner_of(llm).drafter.drafter.policy
+            assert chosen.times is not None
+            chosen.times = CHEAP
         for batch_size in (8, 1):
             plain.check(answer(llm, plain.prompts, batch_size), batch_size)
         counted = counters(llm)
@@ -86,7 +92,7 @@ def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: s
 
 
 def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):
-    setting = {"method": "self_exit", "num_speculative_tokens": 3}
+    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
     chunks = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
     with engine(smollm2, speculative_config=setting, **chunks) as llm:
         plain.check(answer(llm, plain.prompts, 8), 8)
