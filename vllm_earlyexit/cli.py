@@ -95,7 +95,9 @@ def train(
     epochs: int = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about so many scored tokens.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
-    learning_rate: float = 2e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak; by default 0.5 / the model's hidden size.")
+    ] = None,
     patience: Annotated[int, typer.Option(help="Stop after so many measurements without improvement.")] = 3,
     held_out: Annotated[float, typer.Option(help="Share of the documents never trained on.")] = 0.03,
     deep_keys: Annotated[bool, typer.Option(help="Off for ablation: hide the last layer's keys and values.")] = True,
