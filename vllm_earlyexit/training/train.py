@@ -6,7 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +118,7 @@ def train_heads(
             f"{', '.join(map(str, records))}: too few documents to train on some and hold out others; collect more"
         )
     teacher = Teacher(folder, torch.bfloat16, device)
+    options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE / teacher.hidden_size)
     draft_vocab = frequent_tokens(
         opened.choices(options.held_out, False), options.draft_vocab_size, opened.config.vocab_size
     )
@@ -338,7 +339,7 @@ def _fit(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=1,
-            learning_rate=options.learning_rate or LEARNING_RATE / classroom.teacher.hidden_size,
+            learning_rate=options.learning_rate,
             weight_decay=0.01,
             adam_beta2=0.98,
             max_grad_norm=1.0,
