@@ -284,6 +284,7 @@ def _fit(
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
+    assert options.learning_rate is not None
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     sizes = train.scored_tokens()
     steps = math.ceil(options.epochs * len(train))
