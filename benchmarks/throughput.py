@@ -88,11 +88,13 @@ def start(configs: list[str], setup: Setup, prompts: list[str], address: str | N
     """Start one actor for each configuration, one after the other, and return them by name."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": len(configs)}
     ray.init(address=address, log_to_driver=False, **({} if address else local))
     wanted = ("LD_PRELOAD", "VLLM_", "HF_HUB_OFFLINE", "PYTHONPATH")
     environment = {key: value for key, value in cpu_environment().items() if key.startswith(wanted)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # Ray would set it to num_cpus
     placed: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if address else {}
     actor = ray.remote(Contestant).options(num_cpus=1, runtime_env={"env_vars": environment}, **placed)
     contestants = {}
