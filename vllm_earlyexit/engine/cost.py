@@ -43,24 +43,25 @@ class StepTimes:
         return asdict(self)
 
 
-def measure(run: Callable[[str, int], float], longest: int, repeats: int = 5) -> StepTimes:
+def measure(run: Callable[[int], dict[str, float]], longest: int, repeats: int = 5) -> StepTimes:
     """Time every part at every size up to ``longest`` tokens.
 
     Args:
-        run: Runs a part over n tokens and returns its seconds.
+        run: Runs a drafting and a plain step over n tokens, parts in their order, and returns the seconds of each part.
+            Run over and over by itself, a part would find its weights in a cache that others empty in between.
         longest: The largest size that can be run.
-        repeats: Runs of each; the fastest counts, since everything else is somebody else's work.
+        repeats: Runs of each size; the median counts.
     """
     sizes = [size for size in SIZES if size <= longest] or [1]
-    parts = ("shallow", "head", "deep", "plain")
-    times: dict[str, list[float]] = {part: [] for part in parts}
+    times: dict[str, list[float]] = {part: [] for part in ("shallow", "head", "deep", "plain")}
     for size in sizes:
-        for part in parts:
-            run(part, size)
-            times[part].append(min(run(part, size) for _ in range(repeats)))
+        run(size)
+        runs = [run(size) for _ in range(repeats)]
+        for part, measured in times.items():
+            measured.append(float(np.median([seconds[part] for seconds in runs])))
     for part, measured in times.items():
         times[part] = np.maximum.accumulate(measured).tolist()  # more tokens never cost less
-    return StepTimes(tuple(sizes), *(tuple(times[part]) for part in parts))
+    return StepTimes(tuple(sizes), *map(tuple, times.values()))
 
 
 class Acceptance:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,35 +197,31 @@ class SelfExitDrafter:
         assert isinstance(final, torch.Tensor)
         return final
 
-    def timed(self, part: str, input_ids: torch.Tensor, positions: torch.Tensor) -> float:
-        """Run one part of a step over [n] tokens, within a forward context of theirs; return its seconds.
+    def timed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> dict[str, float]:
+        """Run a drafting and a plain step over [n] tokens in their forward context; return ``StepTimes``' parts.
 
         Args:
-            part: One of ``StepTimes``' parts.
             input_ids: int32 [n].
             positions: int64 [n].
         """
-
-        def synchronized() -> float:
-            if input_ids.device.type != "cpu":
-                torch.accelerator.synchronize()
-            return time.perf_counter()
-
-        if part == "plain":
-            started = synchronized()
-            self._model.compute_logits(self._model(input_ids, positions))
-            return synchronized() - started
-        started = synchronized()
+        times = [self._now(input_ids)]
         at_cut = self.shallow(input_ids, positions)
-        ran = synchronized()
-        if part == "shallow":
-            return ran - started
+        times.append(self._now(input_ids))
         assert isinstance(at_cut, IntermediateTensors)
-        if part == "deep":
-            self._model.compute_logits(self.deep(None, positions, at_cut))
-            return synchronized() - ran
         hidden = residual_stream(at_cut)
         logits = self._head.logits(self._head.features(hidden, positions, hidden))
         entropy(logits).tolist()
         self._head.token_ids(logits.argmax(dim=-1)).tolist()
-        return synchronized() - ran
+        times.append(self._now(input_ids))
+        self._model.compute_logits(self.deep(None, positions, at_cut))
+        times.append(self._now(input_ids))
+        self._model.compute_logits(self._model(input_ids, positions))
+        times.append(self._now(input_ids))
+        parts = ("shallow", "head", "deep", "plain")
+        return {part: after - before for part, (before, after) in zip(parts, pairwise(times), strict=True)}
+
+    @staticmethod
+    def _now(like: torch.Tensor) -> float:
+        if like.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()

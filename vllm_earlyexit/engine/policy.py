@@ -14,6 +14,8 @@ from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 from vllm_earlyexit.heads.uncertainty import entropy
 
 GRID = np.linspace(0, 1, 65)
+PROBES, PROBE_FIRST, PROBE_LATER = 8, 16, 256
+"""Every so many rounds nothing is drafted, to learn what a plain step takes besides the model: often at first."""
 TOLERANCE = 0.02
 """Change of rate times correction from which on values are tabulated anew."""
 
@@ -85,6 +87,9 @@ class AutoPolicy:
     over the calibrated spread of acceptance at the draft positions to come. λ starts at plain decoding's rate and
     follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
 
+    What vLLM does around the model, and what a draft step costs beside its parts, is learned from the time between
+    rounds: the former in rounds without a draft, of which there is one now and then for this purpose.
+
     Args:
         acceptance: From entropy to acceptance.
         longest: The longest draft.
@@ -99,8 +104,9 @@ class AutoPolicy:
         self._rates: dict[int, tuple[float, float]] = {}
         self._values: dict[int, tuple[float, list[np.ndarray]]] = {}
         self._drafted: dict[int, list[float]] = {}
-        self._around = self._spent = self._began = 0.0
-        self._batch = self._tokens = self._step = 0
+        self._around: float | None = None
+        self._overhead = self._spent = self._began = 0.0
+        self._batch = self._tokens = self._step = self._asked = self._rounds = self._plain_rounds = 0
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
@@ -109,9 +115,12 @@ class AutoPolicy:
         if self.times is None:
             return False
         self._close(self.times)
-        self._batch, self._tokens, self._step, self._spent = num_seqs, num_seqs, 0, 0.0
+        self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, 0, 0.0, 0
         self._reached = np.ones(num_seqs)
         self._drafted = {}
+        self._rounds += 1
+        if self._rounds % (PROBE_FIRST if self._plain_rounds < PROBES else PROBE_LATER) == 0:
+            return False
         asked = num_seqs > 0 and bool(self._asking(self._reached, 0).sum() > 0)
         if not asked:
             self._acceptance.forget()
@@ -123,7 +132,8 @@ class AutoPolicy:
         at = rows.cpu().numpy()
         probability = self._acceptance.of(self._step, entropy(logits).cpu().numpy())
         reached = self._reached[at] * probability
-        self._spent += self.times.at("head", len(at))
+        self._asked += 1
+        self._spent += self._head(len(at))
         order = np.argsort(-reached, kind="stable")
         later = np.maximum(self._asking(reached, self._step + 1), 0)
         added = np.array([self._added(m) for m in range(1, len(at) + 1)])
@@ -152,9 +162,14 @@ class AutoPolicy:
     def _rate(self) -> float:
         """Tokens per second of the batch: plain decoding's, or what drafting reached for such a batch, if more."""
         assert self.times is not None
-        plain = self._batch / (self.times.at("plain", self._batch) + self._around)
+        plain = self._batch / (self.times.at("plain", self._batch) + (self._around or 0.0))
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
+
+    def _head(self, n: int) -> float:
+        """Return the seconds that asking the head for n rows adds to a round."""
+        assert self.times is not None
+        return self.times.at("head", n) + self._overhead
 
     def _added(self, m: int) -> float:
         """Return the seconds that verifying m more tokens adds."""
@@ -180,7 +195,7 @@ class AutoPolicy:
         """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
         assert self.times is not None
         each = self._rate * self._added(n) / n
-        head = self._rate * self.times.at("head", n) / n
+        head = self._rate * self._head(n) / n
         tables: list[np.ndarray] = []
         later = np.zeros_like(GRID)
         for step in reversed(range(self._longest)):
@@ -197,14 +212,22 @@ class AutoPolicy:
         if not self._batch:
             return
         expected = self._batch + sum(float(np.cumprod(drafted).sum()) for drafted in self._drafted.values())
-        model = times.at("plain", self._batch) + self._spent
+        around = self._around or 0.0
+        predicted = times.at("plain", self._batch) + around + self._spent
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
-        spent = self.MEMORY * seconds + model + self._around
-        self._rates[self._batch] = (self.MEMORY * tokens + expected, spent)
-        if began and now - began < 2 * model:  # otherwise there was a prompt or a pause in between
-            self.predicted_seconds += model + self._around
-            self.measured_seconds += now - began
-            self._around += (1 - self.MEMORY) * (max(0.0, now - began - model) - self._around)
+        self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
+        took = now - began
+        if not began or took > 2 * predicted:  # there was a prompt or a pause in between
+            return
+        self.predicted_seconds += predicted
+        self.measured_seconds += took
+        missed = took - predicted
+        if not self._asked:
+            self._plain_rounds += 1
+            learned = max(0.0, around + missed)
+            self._around = learned if self._around is None else around + (1 - self.MEMORY) * (learned - around)
+        elif self._around is not None:
+            self._overhead = max(0.0, self._overhead + (1 - self.MEMORY) * missed / self._asked)
 
 
 def build_policy(config: EarlyExitConfig, head: ExitHeadConfig | None) -> Policy:

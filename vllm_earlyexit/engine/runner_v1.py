@@ -51,7 +51,7 @@ class SelfExitProposer:
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
         position = min(MEASURED_POSITION, self.max_model_len - 2)
 
-        def run(part: str, n: int) -> float:
+        def run(n: int) -> dict[str, float]:
             ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
             positions = torch.full((n,), position, dtype=torch.int64, device=runner.device)
             blocks = {
@@ -59,7 +59,7 @@ class SelfExitProposer:
                 for number in range(len(runner.attn_groups))
             }
             with self._kv_context(runner, blocks, torch.ones_like(positions), positions):
-                return self.drafter.timed(part, ids, positions)
+                return self.drafter.timed(ids, positions)
 
         policy.times = measure(run, longest)
         logger.info("self-exit: seconds per step part: %s", policy.times.to_dict())
