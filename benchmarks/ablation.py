@@ -84,7 +84,7 @@ def main(
             traces, _ = trace_heads(
                 model_folder(model), load_heads(work), [test], every_document=True, tokens=test_tokens, device="cpu"
             )
-            agreed.append([round(trace.agrees.double().mean().item(), 4) for trace in traces[exit_layer]])
+            agreed.append([trace.agreement for trace in traces[exit_layer]])
             provenance = next(iter(heads.values())).config.provenance
         table.append(
             {

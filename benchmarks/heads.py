@@ -41,7 +41,7 @@ def main(
             {
                 "exit_layer": exit_config.exit_layer,
                 "kind": exit_config.kind,
-                "agreement": [round(trace.agrees.double().mean().item(), 4) for trace in here],
+                "agreement": [trace.agreement for trace in here],
                 "expected_calibration_error": [round(error, 4) for error in errors],
                 "measured_accuracy": {
                     f"{accuracy:g}": round(first.agrees[mask].double().mean().item(), 4)

@@ -52,7 +52,7 @@ def main(
         train = timed("train", model, "--records", records, "--out", heads, "--epochs", str(epochs), *exits)
         loaded = load_heads(Path(heads))
         traces, _ = trace_heads(model_folder(model), loaded, [test], every_document=True, device="cpu")
-    agreed = [round(trace.agrees.double().mean().item(), 4) for trace in traces[exit_layer]]
+    agreed = [trace.agreement for trace in traces[exit_layer]]
     best = next(e for e in json.loads(reference.read_text())["exits"] if e["exit_layer"] == exit_layer)["agreement"]
     measured = {
         "exit_layer": exit_layer,

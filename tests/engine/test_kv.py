@@ -55,7 +55,6 @@ class Fed:
             return deep(*arguments)
 
         drafter.shallow, drafter.deep = count_shallow, count_deep
-        count_shallow.layer_names = shallow.layer_names  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("chunk", [2048, 40], ids=["decode-only", "mixed with prefill chunks"])

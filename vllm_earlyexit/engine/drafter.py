@@ -20,7 +20,7 @@ from vllm_earlyexit.engine.models import residual_stream
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.engine.tail import PagedLastLayer
 from vllm_earlyexit.heads.checkpoint import load_heads
-from vllm_earlyexit.heads.modules import Context, SharedHead, TailHead
+from vllm_earlyexit.heads.modules import Context, SharedHead
 from vllm_earlyexit.heads.uncertainty import entropy
 
 KVContext = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]
@@ -86,7 +86,6 @@ class ExitHead:
         weight = model.lm_head.weight
         self._model = model
         self._last = PagedLastLayer(model)
-        self.layer_names = self._last.layer_names if isinstance(module, TailHead) else []
         self._vocab: torch.Tensor | None = None
         self._rows: Any = None
         module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -11,7 +11,6 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.engine.seams import pipeline_stage
@@ -56,7 +55,6 @@ class Segment:
         self._model = cast(Any, copy.copy(model))
         self._model._modules = {**model._modules, name: stage}
         self._model._segments = ()
-        self.layer_names = attention_names(inner.layers[start:end])
 
     def __call__(
         self,
@@ -102,16 +100,6 @@ def decoder_stack(model: nn.Module) -> tuple[str, Any]:
         if hasattr(child, "start_layer") and hasattr(child, "layers"):
             return name, child
     raise EarlyExitError(f"self-exit: {type(model).__name__} has no layer range to cut; it is not a pipeline model")
-
-
-def attention_names(layers: Iterable[nn.Module]) -> list[str]:
-    """Return the names by which vLLM's forward context knows the attention modules of ``layers``."""
-    return [
-        str(module.layer_name)
-        for layer in layers
-        for module in layer.modules()
-        if isinstance(module, AttentionLayerBase)
-    ]
 
 
 def residual_stream(at_cut: IntermediateTensors) -> torch.Tensor:

@@ -4,20 +4,19 @@ from typing import Any
 
 import torch
 
-from vllm_earlyexit.engine.models import attention_names, decoder_stack
+from vllm_earlyexit.engine.models import decoder_stack
 
 
 class PagedLastLayer:
     """The last decoder layer's norm, K/V projection and attention over its own paged KV cache.
 
     Keys and values of pending tokens are written to their own slots in the last layer's cache, where verification
-    overwrites them. Use it within the forward context of a draft step that names ``layer_names``.
+    overwrites them. Use it within the forward context of a draft step.
     """
 
     def __init__(self, model: Any):
         layer = decoder_stack(model)[1].layers[-1]
         self._norm, self._attention = layer.input_layernorm, layer.self_attn
-        self.layer_names = attention_names([layer])
         self.positions = torch.empty(0, dtype=torch.int64)
         """Positions of the tokens that are about to be drafted from, int64 [n]."""
 

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -46,10 +45,6 @@ class PositionCalibration(_Part):
     entropy: Annotated[tuple[float, ...], Field(description="nats, rising")]
     probability: Annotated[tuple[float, ...], Field(description="of being accepted at these entropies, falling")]
     expected_calibration_error: Annotated[float, Field(ge=0, le=1, description="of the map, on documents not fitted")]
-
-    def acceptance(self, entropy: float) -> float:
-        """Return the probability that a token drafted at ``entropy`` nats is accepted; linear between the knots."""
-        return float(np.interp(entropy, self.entropy, self.probability))
 
     @model_validator(mode="after")
     def _monotone(self) -> "PositionCalibration":

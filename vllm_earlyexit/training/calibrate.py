@@ -136,7 +136,7 @@ def position_calibration(trace: Trace) -> PositionCalibration:
     fitted = AcceptanceMap.fit(trace.entropy.numpy(), trace.agrees.numpy())
     several = len(set(trace.documents)) > 1
     return PositionCalibration(
-        agreement=round(trace.agrees.double().mean().item(), 4),
+        agreement=trace.agreement,
         entropy=tuple(np.round(fitted.entropy, 4).tolist()),
         probability=tuple(np.round(fitted.probability, 4).tolist()),
         expected_calibration_error=round(
@@ -261,7 +261,7 @@ def calibrate_heads(
         here = traces[exit_config.exit_layer]
         calibration = Calibration(
             tokens=len(here[0].agrees),
-            agreement=round(here[0].agrees.double().mean().item(), 4),
+            agreement=here[0].agreement,
             thresholds=thresholds(here[0]),
             draft_cost=round(draft_cost(heads.config, exit_config.exit_layer, layer_size), 4),
             positions=tuple(position_calibration(trace) for trace in here),

@@ -33,6 +33,11 @@ class Trace:
     documents: list[int]
 
     @property
+    def agreement(self) -> float:
+        """Share of tokens on which head and full model choose the same, to four digits."""
+        return round(self.agrees.double().mean().item(), 4)
+
+    @property
     def token_documents(self) -> torch.Tensor:
         """Key of each token's document, int64 [num_tokens]."""
         return torch.tensor(self.documents).repeat_interleave(torch.tensor(self.lengths))
