@@ -45,6 +45,9 @@ def one(model: str, data: Path, tokens: int, config: str) -> None:
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    from vllm_earlyexit.training.teacher import compute_dtype
 
     windows = windows_of(model, data, tokens)
     warm, size = windows[:20], sum(len(window.ids) for window in windows)
@@ -67,7 +70,7 @@ def one(model: str, data: Path, tokens: int, config: str) -> None:
     else:
         llm = LLM(
             model,
-            dtype="bfloat16",
+            dtype=compute_dtype(current_platform.device_type),
             enforce_eager=config == "plain, eager",
             enable_prefix_caching=False,
             max_model_len=4096,

@@ -57,6 +57,7 @@ def collect(
     name: Annotated[str | None, typer.Option(help="Name of the base model to record.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or transformers for --data alone.")] = "vllm",
     device: Annotated[str, typer.Option(help="For transformers.")] = "cpu",
+    eager: Annotated[bool, typer.Option("--eager", help="vLLM does not compile: starts sooner, runs slower.")] = False,
     seed: int = 0,
 ) -> None:
     """Let the model answer prompts and record what it computes. A stopped run goes on where it stopped."""
@@ -71,6 +72,7 @@ def collect(
         sampled=sampled,
         num_prompts=num_prompts,
         seed=seed,
+        eager=eager,
     )
     done = collect_records(
         model, out, exit_layer, prompts or [], data or [], options, name=name, engine=engine, device=device

@@ -57,7 +57,7 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
 def test_drafting_computes_what_training_computed(tmp_path: Path, architecture: str, kind: HeadKind):
     model = tiny_model(tmp_path / "model", architecture)
     heads = random_heads(tmp_path / "heads", model, kind, EXIT_LAYER, std=0.15)
-    teacher, module = Teacher(model, torch.float32, "cpu"), load_heads(heads).modules[EXIT_LAYER]
+    teacher, module = Teacher(model, "cpu", torch.float32), load_heads(heads).modules[EXIT_LAYER]
     steps = drafted_logits(model, heads)
     assert {pending for _, pending, _ in steps} == {0, 1, 2}
     for tokens, pending, logits in steps:

@@ -84,8 +84,11 @@ def test_text_becomes_heads_that_are_calibrated_and_described(model: Path, recor
     assert config.fingerprint in page
 
 
-def test_vllm_records_what_transformers_records(model: Path, text: Path, records: Path, tmp_path: Path):
-    run("collect", model, "--data", text, "--out", tmp_path / "served", "--exit-layer", "2")
+@pytest.mark.parametrize("eager", [("--eager",), ()], ids=["eager", "compiled"])
+def test_vllm_records_what_transformers_records(
+    model: Path, text: Path, records: Path, tmp_path: Path, eager: tuple[str, ...]
+):
+    run("collect", model, "--data", text, "--out", tmp_path / "served", "--exit-layer", "2", *eager)
     by_window: list[dict[int, Batch]] = []
     for folder in (records, tmp_path / "served"):
         opened = Records([folder])
@@ -116,7 +119,19 @@ def test_answers_are_the_models_own(model: Path, tmp_path: Path):
     asked = [{"id": n, "turns": [f"w{n} w{n + 20}", f"w{n + 9}"]} for n in range(8)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in asked))
     out = tmp_path / "records"
-    collect = ("collect", model, "--prompts", prompts, "--exit-layer", "2", "--out", out, "--answer-tokens", "12")
+    collect = (
+        "collect",
+        model,
+        "--prompts",
+        prompts,
+        "--exit-layer",
+        "2",
+        "--out",
+        out,
+        "--answer-tokens",
+        "12",
+        "--eager",
+    )
     assert "16 answers and" in run(*collect)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert sorted((a["id"], a["turn"]) for a in answers) == [(str(n), turn) for n in range(8) for turn in (0, 1)]

@@ -17,6 +17,7 @@ from vllm_earlyexit.training.losses import LOSSES, LogProbabilities, Target, ce,
 from vllm_earlyexit.training.records import read_records
 from vllm_earlyexit.training.signals import compare, risk_coverage_area
 from vllm_earlyexit.training.targets import top_targets
+from vllm_earlyexit.training.teacher import compute_dtype
 from vllm_earlyexit.training.traces import Trace
 
 
@@ -265,3 +266,10 @@ def test_signals_are_ranked_and_useless_ones_are_told_apart():
 def test_risk_coverage_area_of_a_known_case():
     # Errors among the surest 1, 2, 3, 4 tokens: 0, 0, 1/3, 2/4.
     assert risk_coverage_area(np.array([4, 3, 2, 1]), np.array([True, True, False, False])) == pytest.approx(5 / 24)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_cpus_without_bfloat16_compute_in_float32(monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert compute_dtype("cpu") == expected
+    assert compute_dtype("cuda") == torch.bfloat16

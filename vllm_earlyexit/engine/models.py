@@ -23,15 +23,15 @@ BASES = {
 }
 
 
-def exit_architecture(architectures: Sequence[str]) -> str:
-    """Return the name of the exit-headed architecture that replaces a plain one.
+def plain_architecture(architectures: Sequence[str]) -> str:
+    """Return which of a model's architectures can be cut.
 
     Raises:
         EarlyExitError: there is none.
     """
     for name in architectures:
         if name.removeprefix(PREFIX) in BASES:
-            return PREFIX + name.removeprefix(PREFIX)
+            return name.removeprefix(PREFIX)
     raise EarlyExitError(
         f"self-exit: architecture {', '.join(architectures)} is not supported; supported are {', '.join(BASES)}"
     )
@@ -147,8 +147,13 @@ class ExitMixin:
         for segment in self._segments:
             assert state is None or isinstance(state, IntermediateTensors)
             state = segment(input_ids, positions, state, inputs_embeds)
+            if isinstance(state, IntermediateTensors):
+                self.at_cut(segment.end, state)
         assert state is not None
         return state
+
+    def at_cut(self, layer: int, state: IntermediateTensors) -> None:
+        """Called by ``forward`` with what passes the cut after ``layer`` layers; does nothing here."""
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the model's own final norm to [num_tokens, hidden_size]."""

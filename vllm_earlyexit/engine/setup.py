@@ -33,7 +33,7 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
         EarlyExitError: the request cannot be served as asked.
     """
     _refuse_unsupported(engine_args, model_config, parallel_config)
-    architecture = models.exit_architecture(model_config.architectures)
+    architecture = models.PREFIX + models.plain_architecture(model_config.architectures)
     config = resolve(knobs, model_config.model, model_config.revision)
 
     os.environ[ACTIVE_VARIABLE] = "1"

@@ -35,12 +35,21 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
 def text_config(folder: Path) -> dict[str, Any]:
     """Return the model's config.json, or its language-model part."""
+    config = _config(folder)
+    return config.get("text_config", config)
+
+
+def architectures(folder: Path) -> list[str]:
+    """Return the architectures that the model's config.json names."""
+    return list(_config(folder).get("architectures") or [])
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EarlyExitError(f"self-exit: {path} cannot be read ({error}); is {folder} a model folder?") from error
-    return config.get("text_config", config)
 
 
 def fingerprint(folder: Path) -> str:

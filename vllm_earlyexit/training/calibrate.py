@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.optimize import isotonic_regression
 
 from vllm_earlyexit.errors import EarlyExitError
@@ -314,6 +313,6 @@ def trace_heads(
         packs = packs.limited(tokens)
     if not len(packs):
         raise EarlyExitError(f"no document of {', '.join(map(str, records))} is held out; collect more")
-    teacher = Teacher(folder, torch.bfloat16, device)
+    teacher = Teacher(folder, device)
     heads.to(device)
     return observe(Classroom.of(teacher, heads.draft_vocab), heads, packs, MEASURED_STEPS), teacher.layer_size

@@ -110,7 +110,7 @@ def agreement(
     for n in range(len(packs)):
         batch = on_device(packs[n], classroom.teacher.device)
         total += len(batch.top_ids)
-        with torch.autocast(classroom.teacher.device, torch.bfloat16):
+        with classroom.teacher.autocast():
             for name, layer, module in students.at():
                 for step, (logits, _) in enumerate(classroom.every_logits(module, batch.hidden[layer], batch, steps)):
                     hits[name][step] += int(classroom.agrees(logits, batch).sum())

@@ -171,7 +171,8 @@ def _shapes(config: RecordsConfig, windows: int, tokens: int, scored: int) -> di
 
 def _tensor(batch: Batch, name: str) -> torch.Tensor:
     field, _, layer = name.partition(".")
-    return batch.hidden[int(layer)] if layer else getattr(batch, field)
+    tensor = batch.hidden[int(layer)] if layer else getattr(batch, field)
+    return tensor.to(torch.bfloat16) if layer or field == "final" else tensor
 
 
 def write_shard(folder: Path, number: int, config: RecordsConfig, batch: Batch) -> Path:

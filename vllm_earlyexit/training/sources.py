@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.fingerprint import text_config
+from vllm_earlyexit.heads.fingerprint import architectures, text_config
 from vllm_earlyexit.training.data import Window, grouped
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate, window_key
 from vllm_earlyexit.training.targets import top_targets
@@ -32,6 +32,7 @@ class CollectOptions:
         temperature: Of sampled answers.
         num_prompts: Use the first so many prompts of each file.
         seed: Of sampled answers.
+        eager: Do not let vLLM compile the model: starts sooner, runs slower.
     """
 
     window: int = 512
@@ -43,6 +44,7 @@ class CollectOptions:
     temperature: float = 0.6
     num_prompts: int | None = None
     seed: int = 0
+    eager: bool = False
 
 
 class Source(Protocol):
@@ -61,17 +63,20 @@ class ServingSource:
     """vLLM, offline and in this process."""
 
     def __init__(self, folder: Path, config: RecordsConfig, options: CollectOptions):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the recorder's hooks live in this process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # records are taken from the model in this process
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        from vllm_earlyexit.engine.recorder import Recorder
+        from vllm_earlyexit.engine.recorder import register_recorder
+        from vllm_earlyexit.training.teacher import compute_dtype
 
         longest = min(MODEL_LENGTH, text_config(folder).get("max_position_embeddings", MODEL_LENGTH))
         self._config, self._longest = config, longest
         self._llm = LLM(
             str(folder),
-            dtype="bfloat16",
-            enforce_eager=True,
+            dtype=cast(Any, compute_dtype(current_platform.device_type)),
+            enforce_eager=options.eager,
+            hf_overrides={"architectures": [register_recorder(architectures(folder), config.layers)]},
             enable_chunked_prefill=False,
             enable_prefix_caching=False,
             max_model_len=longest,
@@ -81,7 +86,6 @@ class ServingSource:
             seed=options.seed,
         )
         self.tokenizer = self._llm.get_tokenizer()
-        self._recorder: Recorder | None = None
 
     def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:
         """Answer in one batch; a prompt that leaves no room for an answer gets an empty one."""
@@ -106,15 +110,12 @@ class ServingSource:
         """Prefill the windows and return what passed by, in vLLM's order."""
         from vllm import SamplingParams
 
-        from vllm_earlyexit.engine.recorder import Recorder
-
-        if self._recorder is None:
-            self._recorder = self._llm.apply_model(lambda model: Recorder(model, self._config.layers))[0]
         by_tokens = {tuple(window.ids): window for window in windows}
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in by_tokens]
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        self._llm.apply_model(_record)
         self._llm.generate(inputs, params, use_tqdm=False)
-        seen = self._recorder.take()
+        seen = self._llm.apply_model(_take)[0]
         found = [by_tokens[tuple(prefill.ids.tolist())] for prefill in seen]
         scored = torch.tensor([flag for window in found for flag in window.scored])
         final = torch.cat([prefill.final for prefill in seen])
@@ -135,6 +136,14 @@ class ServingSource:
         )
 
 
+def _record(model: Any) -> None:
+    model.record()
+
+
+def _take(model: Any) -> list[Any]:
+    return model.take()
+
+
 def _unembed(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return model.compute_logits
 
@@ -148,7 +157,7 @@ class TransformersSource:
         from vllm_earlyexit.training.teacher import Teacher
 
         self._config = config
-        self._teacher = Teacher(folder, torch.bfloat16, device)
+        self._teacher = Teacher(folder, device)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     def answer(self, prompts: list[list[int]], sampled: list[bool], options: CollectOptions) -> list[list[int]]:

@@ -16,6 +16,16 @@ from vllm_earlyexit.training.shards import Batch, window_key
 from vllm_earlyexit.training.targets import top_targets
 
 
+def compute_dtype(device: str) -> torch.dtype:
+    """Return bfloat16 where ``device`` computes in it, otherwise float32.
+
+    CPUs without AVX-512 or AMX emulate bfloat16, at an eighth of float32's speed where it was measured.
+    """
+    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
 class PackedLastLayer:
     """The last decoder layer over a batch of packed windows; see ``attention.attend`` for who sees what.
 
@@ -67,15 +77,20 @@ class PackedLastLayer:
 class Teacher:
     """The base model, frozen, with its last layer, final norm and lm_head at hand.
 
+    Args:
+        folder: Of the model.
+        device: Where it runs.
+        dtype: In which it runs, by default the device's ``compute_dtype``.
+
     Raises:
         EarlyExitError: the model is not built like Llama or Qwen2.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str):
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None):
         from transformers import AutoModelForCausalLM
 
-        self.device = device
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.device, self._dtype = device, dtype or compute_dtype(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self._inner: Any = self.model.get_decoder()
         attention = self._inner.layers[-1].self_attn if hasattr(self._inner, "layers") else None
@@ -96,6 +111,10 @@ class Teacher:
     def layer_size(self) -> int:
         """Parameters of one decoder layer."""
         return sum(p.numel() for p in self._last.parameters())
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which heads, whose weights are float32, compute like the model."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     @torch.no_grad()
     def observe(self, windows: list[Window], exit_layers: tuple[int, ...], top_k: int) -> Batch:

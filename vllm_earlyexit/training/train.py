@@ -117,7 +117,7 @@ def train_heads(
         raise EarlyExitError(
             f"{', '.join(map(str, records))}: too few documents to train on some and hold out others; collect more"
         )
-    teacher = Teacher(folder, torch.bfloat16, device)
+    teacher = Teacher(folder, device)
     options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE / teacher.hidden_size)
     draft_vocab = frequent_tokens(
         opened.choices(options.held_out, False), options.draft_vocab_size, opened.config.vocab_size
@@ -300,7 +300,7 @@ def _fit(
             step = DRAFT_STEPS[self.state.global_step % len(DRAFT_STEPS)]
             target = Target(batch.top_ids[:, : options.top_k], batch.top_p[:, : options.top_k], classroom.index)
             # The Trainer's own autocast wraps a model's forward, which these heads do not have.
-            with torch.autocast(classroom.teacher.device, torch.bfloat16):
+            with classroom.teacher.autocast():
                 losses = [
                     loss_of(classroom.logits(module, batch.hidden[layer], batch, step), target)
                     for _, layer, module in students.at()
