@@ -210,9 +210,9 @@ def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
     if drafter is None:
         watched.append(("layers", runner.model, "forward"))
     else:
-        watched += [("head", drafter._head, "features"), ("head", drafter._head, "logits")]
+        watched.append(("head", drafter, "head"))
         watched += [(part, getattr(drafter, part)._model, "forward") for part in ("shallow", "deep")]
-    replaced: list[tuple[Any, str]] = []
+    replaced: list[tuple[Any, str, Any]] = []
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -226,9 +226,11 @@ def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
 
     try:
         for part, owner, name in watched:
+            replaced.append((owner, name, vars(owner).get(name)))
             setattr(owner, name, timed(part, getattr(owner, name)))
-            replaced.append((owner, name))
         yield
     finally:
-        for owner, name in replaced:
+        for owner, name, before in replaced:
             delattr(owner, name)
+            if before is not None:
+                setattr(owner, name, before)

@@ -1,5 +1,8 @@
 """What users ask for, checked once, and what the engine gets."""
 
+import hashlib
+import json
+from collections import UserDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +14,7 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import HeadsConfig, load_heads, read_config
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 
+CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
 METHOD = "self_exit"
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
@@ -55,6 +59,7 @@ class EarlyExitConfig:
         num_speculative_tokens: Longest draft.
         policy: ``auto``, ``entropy`` or ``fixed``.
         entropy_threshold: Nats; the entropy policy drafts a token while its entropy is at most this.
+        head_shape: What of the head shapes its compiled graph.
     """
 
     heads: str | None
@@ -62,10 +67,25 @@ class EarlyExitConfig:
     num_speculative_tokens: int
     policy: PolicyName
     entropy_threshold: float | None
+    head_shape: str = "shared"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy, as it travels to vLLM's processes."""
         return asdict(self)
+
+
+class AdditionalConfig(UserDict[str, Any]):
+    """vLLM's ``additional_config`` with our setting under ``CONFIG_KEY``.
+
+    Of that setting only what shapes compiled graphs enters the key of vLLM's compilation cache, so that another policy
+    or threshold does not compile the model anew.
+    """
+
+    def compute_hash(self) -> str:
+        """Return the part of vLLM's cache key that stands for this config."""
+        ours = self.data[CONFIG_KEY]
+        factors = self.data | {CONFIG_KEY: [ours["exit_layer"], ours["head_shape"]]}
+        return hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()
 
 
 def knobs_from(
@@ -191,7 +211,9 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     if policy == "entropy":
         assert calibration is not None
         threshold = calibration.threshold(knobs.target_accuracy or (best.target_accuracy if best else 0.7))
-    return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold)
+    head = heads.exit(exit_layer)
+    shape = f"{head.kind} {head.intermediate_size} {heads.draft_vocab_size}"
+    return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold, shape)
 
 
 def _default_policy(knobs: Knobs, *, calibrated: bool, mapped: bool) -> PolicyName:

@@ -18,7 +18,7 @@ def provenance(command: str = "vllm-earlyexit") -> dict[str, Any]:
         "commit": _commit(),
         "versions": {name: version(name) for name in ("vllm-earlyexit", "torch", "transformers")}
         | {"vllm": installed_vllm(), "python": platform.python_version()},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
@@ -31,7 +31,8 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the operating system calls the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -9,6 +9,7 @@ import torch
 from tests.engine.conftest import engine, runner_of
 from tests.engine.heads import random_heads
 from tests.engine.tiny import tiny_model
+from vllm_earlyexit.engine.head import TrainedExit
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import HeadKind
 from vllm_earlyexit.training.data import Window
@@ -18,7 +19,9 @@ EXIT_LAYER = 2
 PROMPT = [3, 17, 5, 40, 22, 9, 31, 8]
 
 
-def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch.Tensor]]:
+def drafted_logits(
+    model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[list[int], int, torch.Tensor]]:
     """Return, for every draft step of a run, the tokens so far, how many were pending before, and the logits."""
     from vllm import SamplingParams
 
@@ -26,8 +29,8 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
     setting = {"method": "self_exit", "model": str(heads), "num_speculative_tokens": 3}
     with engine(model, skip_tokenizer_init=True, speculative_config=setting) as llm:
         runner = runner_of(llm)
-        drafter, propose = runner.drafter.drafter, runner.drafter.propose
-        inner = drafter._head.logits
+        propose = runner.drafter.propose
+        inner = TrainedExit.logits
         sequence: list[int] = []
         verified = 0
 
@@ -37,13 +40,14 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
             sequence = runner.input_batch.token_ids_cpu[0, :verified].tolist()
             return propose(*arguments)
 
-        def watch_step(features: torch.Tensor) -> torch.Tensor:
-            logits = inner(features)
+        def watch_step(head: TrainedExit, features: torch.Tensor) -> torch.Tensor:
+            logits = inner(head, features)
             seen.append((list(sequence), len(sequence) - verified, logits[0].clone()))
             sequence.append(int(logits[0].argmax()))
             return logits
 
-        runner.drafter.propose, drafter._head.logits = watch_round, watch_step
+        runner.drafter.propose = watch_round
+        monkeypatch.setattr(TrainedExit, "logits", watch_step)
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
         prompts: list[Any] = [{"prompt_token_ids": PROMPT}]
         llm.generate(prompts, params, use_tqdm=False)
@@ -54,11 +58,13 @@ def drafted_logits(model: Path, heads: Path) -> list[tuple[list[int], int, torch
     ("architecture", "kind"), [("llama", "recurrent"), ("qwen2", "recurrent"), ("llama", "tail"), ("llama", "mlp")]
 )
 @torch.no_grad()
-def test_drafting_computes_what_training_computed(tmp_path: Path, architecture: str, kind: HeadKind):
+def test_drafting_computes_what_training_computed(
+    tmp_path: Path, architecture: str, kind: HeadKind, monkeypatch: pytest.MonkeyPatch
+):
     model = tiny_model(tmp_path / "model", architecture)
     heads = random_heads(tmp_path / "heads", model, kind, EXIT_LAYER, std=0.15)
     teacher, module = Teacher(model, "cpu", torch.float32), load_heads(heads).modules[EXIT_LAYER]
-    steps = drafted_logits(model, heads)
+    steps = drafted_logits(model, heads, monkeypatch)
     assert {pending for _, pending, _ in steps} == {0, 1, 2}
     for tokens, pending, logits in steps:
         batch = teacher.observe([Window(tokens, [True] * len(tokens))], (EXIT_LAYER,), top_k=1)

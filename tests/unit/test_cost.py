@@ -28,19 +28,6 @@ def auto(times: StepTimes, **arguments: float) -> AutoPolicy:
     return policy
 
 
-def logits_of(entropy: list[float], size: int = 400) -> torch.Tensor:
-    """Logits with about these entropies: one likely token and many equally unlikely ones."""
-    from scipy.optimize import brentq
-
-    from vllm_earlyexit.heads.uncertainty import entropy as entropy_of
-
-    def row(top: float) -> torch.Tensor:
-        return torch.tensor([[top] + [0.0] * (size - 1)])
-
-    tops = [brentq(lambda top, h=h: entropy_of(row(top)).item() - h, 0, 60) if h > 0 else 60.0 for h in entropy]
-    return torch.cat([row(top) for top in tops])
-
-
 def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
     assert auto(FREE).begin(1)
     assert not auto(BOUND).begin(1)
@@ -50,19 +37,19 @@ def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
 def test_it_keeps_the_sure_rows_of_a_batch():
     policy = auto(replace(CPU, head=(2e-4, 3e-4)), sharpness=1.0)
     assert policy.begin(3)
-    decision = policy.decide(torch.arange(3), logits_of([0.05, 3.9, 0.1]))
+    decision = policy.decide(torch.arange(3), torch.tensor([0.05, 3.9, 0.1]))
     assert decision.keep.tolist() == [True, False, True]
     assert decision.go_on
-    assert not policy.decide(torch.tensor([0, 2]), logits_of([3.9, 3.9])).keep.any()
+    assert not policy.decide(torch.tensor([0, 2]), torch.tensor([3.9, 3.9])).keep.any()
 
 
 def test_it_stops_at_the_longest_draft_and_at_logits_that_are_not_numbers():
     policy = auto(FREE)
     assert policy.begin(1)
-    decisions = [policy.decide(torch.tensor([0]), logits_of([0.0])) for _ in range(LONGEST)]
+    decisions = [policy.decide(torch.tensor([0]), torch.tensor([0.0])) for _ in range(LONGEST)]
     assert [decision.go_on for decision in decisions] == [True] * (LONGEST - 1) + [False]
     assert policy.begin(1)
-    assert policy.decide(torch.tensor([0]), torch.full((1, 4), torch.nan)).keep.tolist() == [False]
+    assert policy.decide(torch.tensor([0]), torch.tensor([torch.nan])).keep.tolist() == [False]
 
 
 def test_a_batch_too_large_to_profit_is_not_drafted_for():
@@ -78,14 +65,14 @@ def test_verification_corrects_calibration_and_the_correction_fades():
     while policy.begin(1):
         rounds += 1
         assert rounds < 500, "rejected drafts must turn drafting off"
-        if policy.decide(torch.tensor([0]), logits_of([0.05])).keep.item():
+        if policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
             policy.learn(0, 1, 0)
     assert rounds > 5
     tried = 0
     for _ in range(1000):
         if policy.begin(1):
             tried += 1
-            if policy.decide(torch.tensor([0]), logits_of([0.05])).keep.item():
+            if policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
                 policy.learn(0, 1, 0)
     assert 0 < tried < 100, "it is tried again now and then"
 
@@ -94,7 +81,7 @@ def test_only_drafts_that_verification_reached_are_learned_from():
     policy = auto(FREE)
     policy.begin(1)
     for _ in range(3):
-        policy.decide(torch.tensor([0]), logits_of([1.0]))
+        policy.decide(torch.tensor([0]), torch.tensor([1.0]))
     before = policy._acceptance.correction
     policy.learn(0, 3, 0)
     assert policy._acceptance._expected == pytest.approx(np.exp(-0.7), abs=0.02), "one of three was tested"
@@ -128,7 +115,7 @@ class Simulation:
         knots = draw.integers(len(ENTROPY), size=(rounds, LONGEST))
         luck = draw.uniform(size=(rounds, LONGEST))
         tokens, seconds = 0, 0.0
-        table = logits_of(ENTROPY.tolist())
+        table = torch.from_numpy(ENTROPY)
         for n in range(rounds):
             drafted: list[bool] = []
             fed = 0
@@ -160,9 +147,9 @@ class FixedLength(FixedPolicy):
         self.left = self.length
         return self.length > 0
 
-    def decide(self, rows: torch.Tensor, logits: torch.Tensor):  # type: ignore[no-untyped-def]
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor):  # type: ignore[no-untyped-def]
         self.left -= 1
-        decision = super().decide(rows, logits)
+        decision = super().decide(rows, entropy)
         return type(decision)(decision.keep, self.left > 0)
 
 

@@ -1,11 +1,20 @@
 """What the parts of a step cost on the machine that serves, and what drafting is worth at these costs."""
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_earlyexit.heads.checkpoint import write_whole
+
+logger = logging.getLogger("vllm.earlyexit")
+
+PARTS = ("shallow", "head", "deep", "plain")
+DRIFT = 0.2
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
 
@@ -28,15 +37,14 @@ class StepTimes:
     deep: tuple[float, ...]
     plain: tuple[float, ...]
 
-    def at(self, part: str, n: float) -> float:
+    def at(self, part: str, n: np.ndarray | float) -> np.ndarray:
         """Return a part's seconds for n tokens: linear between the measured sizes and beyond the last; 0 for none."""
-        if n <= 0:
-            return 0.0
         times = getattr(self, part)
-        if n <= self.sizes[-1] or len(self.sizes) == 1:
-            return float(np.interp(n, self.sizes, times))
-        slope = (times[-1] - times[-2]) / (self.sizes[-1] - self.sizes[-2])
-        return float(times[-1] + max(0.0, slope) * (n - self.sizes[-1]))
+        seconds = np.interp(n, self.sizes, times)
+        if len(self.sizes) > 1:
+            slope = (times[-1] - times[-2]) / (self.sizes[-1] - self.sizes[-2])
+            seconds = seconds + max(0.0, slope) * np.maximum(0, np.asarray(n) - self.sizes[-1])
+        return np.where(np.asarray(n) > 0, seconds, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy."""
@@ -53,7 +61,7 @@ def measure(run: Callable[[int], dict[str, float]], longest: int, repeats: int =
         repeats: Runs of each size; the median counts.
     """
     sizes = [size for size in SIZES if size <= longest] or [1]
-    times: dict[str, list[float]] = {part: [] for part in ("shallow", "head", "deep", "plain")}
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
     for size in sizes:
         run(size)
         runs = [run(size) for _ in range(repeats)]
@@ -62,6 +70,34 @@ def measure(run: Callable[[int], dict[str, float]], longest: int, repeats: int =
     for part, measured in times.items():
         times[part] = np.maximum.accumulate(measured).tolist()  # more tokens never cost less
     return StepTimes(tuple(sizes), *map(tuple, times.values()))
+
+
+def measured(path: Path, run: Callable[[int], dict[str, float]], longest: int) -> StepTimes:
+    """Return the times in ``path`` if they still hold, otherwise measure and keep them there; see ``measure``.
+
+    They hold if a whole step of the smallest and of a middle size still takes what it took, within ``DRIFT``.
+    """
+    try:
+        kept = StepTimes(**{name: tuple(values) for name, values in json.loads(path.read_text()).items()})
+        holds = all(_still(kept, run, size) for size in {kept.sizes[0], kept.sizes[len(kept.sizes) // 2]})
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        holds = False
+    if holds:
+        return kept
+    times = measure(run, longest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(times.to_dict()).encode())
+    except OSError as error:
+        logger.warning("self-exit: step times are measured at every start, %s cannot be written: %s", path, error)
+    return times
+
+
+def _still(times: StepTimes, run: Callable[[int], dict[str, float]], size: int) -> bool:
+    run(size)
+    now = float(np.median([sum(run(size).values()) for _ in range(3)]))
+    then = float(sum(times.at(part, size) for part in PARTS))
+    return abs(now / then - 1) < DRIFT
 
 
 class Acceptance:

@@ -11,7 +11,6 @@ import torch
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.cost import Acceptance, StepTimes
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
-from vllm_earlyexit.heads.uncertainty import entropy
 
 GRID = np.linspace(0, 1, 65)
 PROBES, PROBE_FIRST, PROBE_LATER = 8, 16, 256
@@ -39,8 +38,8 @@ class Policy(Protocol):
     def begin(self, num_seqs: int) -> bool:
         """Start a round over ``num_seqs`` sequences; return whether to draft at all."""
 
-    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
-        """Decide after a step over sequences ``rows``, int64 [n], with exit-head logits [n, draft_vocab_size]."""
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
+        """Decide after a step over sequences ``rows``, int64 [n], given the ``entropy`` of the head's choices, [n]."""
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
@@ -53,9 +52,9 @@ class FixedPolicy:
         """Return True."""
         return True
 
-    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
         """Keep every token and go on."""
-        return Decision(torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+        return Decision(torch.ones_like(rows, dtype=torch.bool))
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Learn nothing."""
@@ -71,9 +70,9 @@ class EntropyPolicy(FixedPolicy):
     def __init__(self, threshold: float):
         self.threshold = threshold
 
-    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
-        """Keep tokens whose entropy is at most the threshold; logits that are not numbers stop the draft."""
-        return Decision(entropy(logits) <= self.threshold)
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
+        """Keep tokens whose entropy is at most the threshold; an entropy that is not a number stops the draft."""
+        return Decision(entropy <= self.threshold)
 
 
 class AutoPolicy:
@@ -126,17 +125,17 @@ class AutoPolicy:
             self._acceptance.forget()
         return asked
 
-    def decide(self, rows: torch.Tensor, logits: torch.Tensor) -> Decision:
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
         assert self.times is not None
         at = rows.cpu().numpy()
-        probability = self._acceptance.of(self._step, entropy(logits).cpu().numpy())
+        probability = self._acceptance.of(self._step, entropy.cpu().numpy())
         reached = self._reached[at] * probability
         self._asked += 1
         self._spent += self._head(len(at))
         order = np.argsort(-reached, kind="stable")
         later = np.maximum(self._asking(reached, self._step + 1), 0)
-        added = np.array([self._added(m) for m in range(1, len(at) + 1)])
+        added = self._added(np.arange(1, len(at) + 1))
         values = (reached + later)[order].cumsum() - self._rate * added
         best = int(values.argmax())
         kept = np.zeros(len(at), dtype=bool)
@@ -145,11 +144,11 @@ class AutoPolicy:
         self._reached[at[kept]] = reached[kept]
         for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
             self._drafted.setdefault(row, []).append(expected)
-        self._spent += self._added(int(kept.sum()))
+        self._spent += float(self._added(kept.sum()))
         self._tokens += int(kept.sum())
         self._step += 1
         go_on = bool(kept.any()) and bool(self._asking(reached[kept], self._step).sum() > 0)
-        return Decision(torch.from_numpy(kept).to(logits.device), go_on)
+        return Decision(torch.from_numpy(kept).to(rows.device), go_on)
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Compare what was expected of a sequence's drafts with what verification said."""
@@ -162,17 +161,17 @@ class AutoPolicy:
     def _rate(self) -> float:
         """Tokens per second of the batch: plain decoding's, or what drafting reached for such a batch, if more."""
         assert self.times is not None
-        plain = self._batch / (self.times.at("plain", self._batch) + (self._around or 0.0))
+        plain = self._batch / (float(self.times.at("plain", self._batch)) + (self._around or 0.0))
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
 
     def _head(self, n: int) -> float:
         """Return the seconds that asking the head for n rows adds to a round."""
         assert self.times is not None
-        return self.times.at("head", n) + self._overhead
+        return float(self.times.at("head", n)) + self._overhead
 
-    def _added(self, m: int) -> float:
-        """Return the seconds that verifying m more tokens adds."""
+    def _added(self, m: np.ndarray | int) -> np.ndarray:
+        """Return the seconds that verifying m more tokens adds, for each m."""
         assert self.times is not None
         deep = self.times.at("deep", self._tokens + m) - self.times.at("deep", self._tokens)
         return self.times.at("shallow", m) + deep
@@ -194,7 +193,7 @@ class AutoPolicy:
     def _tabulate(self, n: int) -> list[np.ndarray]:
         """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
         assert self.times is not None
-        each = self._rate * self._added(n) / n
+        each = self._rate * float(self._added(n)) / n
         head = self._rate * self._head(n) / n
         tables: list[np.ndarray] = []
         later = np.zeros_like(GRID)
@@ -213,7 +212,7 @@ class AutoPolicy:
             return
         expected = self._batch + sum(float(np.cumprod(drafted).sum()) for drafted in self._drafted.values())
         around = self._around or 0.0
-        predicted = times.at("plain", self._batch) + around + self._spent
+        predicted = float(times.at("plain", self._batch)) + around + self._spent
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
         took = now - began

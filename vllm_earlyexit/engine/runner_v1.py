@@ -1,24 +1,28 @@
 """Model Runner V1: where the drafter meets vLLM's batch, block tables and attention metadata."""
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_earlyexit.config import EarlyExitConfig
-from vllm_earlyexit.engine.cost import measure
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
+from vllm_earlyexit.engine.cost import measured
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.policy import AutoPolicy
-from vllm_earlyexit.engine.seams import CONFIG_KEY
+from vllm_earlyexit.provenance import cpu_name
 
 logger = init_logger("vllm.earlyexit")
 
@@ -30,7 +34,7 @@ class SelfExitProposer:
 
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
-        assert isinstance(vllm_config.additional_config, dict)
+        assert isinstance(vllm_config.additional_config, AdditionalConfig)
         self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
         self.max_model_len = vllm_config.model_config.max_model_len
         self._round: Round | None = None
@@ -43,10 +47,7 @@ class SelfExitProposer:
 
     @torch.inference_mode()
     def measure(self, runner: Any) -> None:
-        """Time the parts of a step on this machine, if the policy wants to know; KV goes to vLLM's null block."""
-        policy = self.drafter.policy
-        if not isinstance(policy, AutoPolicy):
-            return
+        """Compile the head, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
         scheduler = self.vllm_config.scheduler_config
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
         position = min(MEASURED_POSITION, self.max_model_len - 2)
@@ -61,8 +62,19 @@ class SelfExitProposer:
             with self._kv_context(runner, blocks, torch.ones_like(positions), positions):
                 return self.drafter.timed(ids, positions)
 
-        policy.times = measure(run, longest)
-        logger.info("self-exit: seconds per step part: %s", policy.times.to_dict())
+        run(2)  # compiles the head, for any number of tokens
+        policy = self.drafter.policy
+        if isinstance(policy, AutoPolicy):
+            policy.times = measured(self._times_file(longest), run, longest)
+            logger.info("self-exit: seconds per step part: %s", policy.times.to_dict())
+
+    def _times_file(self, longest: int) -> Path:
+        """Return where step times are kept from start to start, on this machine and with this setting."""
+        known = [self.vllm_config.compute_hash(), longest, cpu_name(), torch.get_num_threads()]
+        if torch.accelerator.is_available():
+            known.append(torch.get_device_module().get_device_name())
+        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        return Path(envs.VLLM_CACHE_ROOT) / "self_exit" / f"step-times-{key}.json"
 
     def propose(
         self,

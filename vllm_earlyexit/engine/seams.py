@@ -20,7 +20,6 @@ from vllm_earlyexit.plugin import ACTIVE_VARIABLE
 logger = logging.getLogger("vllm.earlyexit")
 
 PROPOSER = "vllm_earlyexit.engine.runner_v1.SelfExitProposer"
-CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
 
 Stage = Literal["door", "engine", "scoped"]
 

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from vllm_earlyexit.config import Knobs, resolve
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, Knobs, resolve
 from vllm_earlyexit.engine import models, seams
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.plugin import ACTIVE_VARIABLE, version_problem
@@ -40,7 +40,8 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
     seams.apply("engine")
     model_config.hf_config.architectures = [architecture]
     model_config._architecture = architecture
-    engine_args.additional_config = {**(engine_args.additional_config or {}), seams.CONFIG_KEY: config.to_dict()}
+    others = engine_args.additional_config or {}
+    engine_args.additional_config = AdditionalConfig({**others, CONFIG_KEY: config.to_dict()})
 
     from vllm.config import SpeculativeConfig
 

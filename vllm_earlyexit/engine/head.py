@@ -1,0 +1,156 @@
+"""Exit heads as the engine runs them: from hidden states at a cut to a token and how sure the head is of it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from vllm_earlyexit.engine.models import decoder_stack
+from vllm_earlyexit.heads.modules import Context
+from vllm_earlyexit.heads.uncertainty import entropy
+
+
+class Asked(NamedTuple):
+    """What a head says about n tokens.
+
+    Attributes:
+        features: What it makes of them, after the final norm, [n, hidden_size].
+        token_ids: Its first choices, int64 [n].
+        entropy: In nats, float32 [n]; NaN where the head's logits are not numbers.
+    """
+
+    features: torch.Tensor
+    token_ids: torch.Tensor
+    entropy: torch.Tensor
+
+
+class Head(Protocol):
+    """A head at its cut."""
+
+    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
+        """Ask the head within the forward context of a draft step.
+
+        Args:
+            hidden: Hidden states at the cut, [n, hidden_size].
+            positions: Of these tokens, int64 [n].
+            previous: The features, or the final hidden states, of the tokens before them, [n, hidden_size].
+        """
+
+
+class SharedExit:
+    """LayerSkip's head: the model's final norm and lm_head. It has no calibration, so its entropy is not computed."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
+        """Ask the head; see ``Head``."""
+        features = self._model.final_norm(hidden)
+        choice = self._model.compute_logits(features).argmax(dim=-1)
+        return Asked(features, choice, features.new_full((len(features),), torch.nan))
+
+
+@dataclass(frozen=True)
+class PagedLastLayer:
+    """The last decoder layer's norm, K/V projection and attention over its own paged KV cache, at some positions.
+
+    Keys and values of pending tokens are written to their own slots in the last layer's cache, where verification
+    overwrites them. Use it within the forward context of a draft step.
+
+    Attributes:
+        layer: The last decoder layer.
+        positions: Of the tokens that are drafted from, int64 [n].
+    """
+
+    layer: Any
+    positions: torch.Tensor
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the last layer's input norm to [n, hidden_size]."""
+        return self.layer.input_layernorm(hidden)
+
+    def attend(self, query: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Attend with queries [n, query_size]; return [n, query_size]."""
+        attention = self.layer.self_attn
+        qkv, _ = attention.qkv_proj(normed)
+        _, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        query, key = attention.rotary_emb(self.positions, query, key)
+        return attention.attn(query, key, value)
+
+
+@support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0, "previous": 0})
+class TrainedExit(nn.Module):
+    """A trained head, with the final norm and lm_head rows that it leans on; compiled as vLLM compiles models.
+
+    Args:
+        vllm_config: vLLM's.
+        model: The exit-headed vLLM model.
+        module: The trained part.
+        draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size]; None for all of them.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None):
+        super().__init__()
+        stack, weight = decoder_stack(model)[1], model.lm_head.weight
+        self._layer, self._norm = stack.layers[-1], stack.norm
+        module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
+        with torch.device(weight.device):
+            self._module = as_vllm(module)
+            self._vocab = None if draft_vocab is None else draft_vocab.to(weight.device)
+            self._rows = None if self._vocab is None else as_vllm(linear_of(weight[self._vocab]))
+        self._model = [model]  # in a list, so that it is not a child
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the fields of ``Asked``; arguments as in ``Head``."""
+        features = self._norm(self._module(hidden, Context(PagedLastLayer(self._layer, positions), previous)))
+        logits = self.logits(features)
+        choice = logits.argmax(dim=-1)
+        return features, choice if self._vocab is None else self._vocab[choice], entropy(logits)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits [n, draft_vocab_size] for features [n, hidden_size]."""
+        return self._model[0].compute_logits(features) if self._rows is None else self._rows(features)
+
+
+def trained_exit(vllm_config: VllmConfig, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None) -> Head:
+    """Return the head ``module`` as the engine runs it; arguments as in ``TrainedExit``."""
+    with set_current_vllm_config(vllm_config), set_model_tag("exit_head"):
+        compiled = TrainedExit(vllm_config=vllm_config, model=model, module=module, draft_vocab=draft_vocab)
+    return lambda hidden, positions, previous: Asked(*compiled(hidden, positions, previous))
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """Return a linear map with this weight, [out_features, in_features], and no bias."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return linear
+
+
+def as_vllm(module: nn.Module) -> nn.Module:
+    """Return ``module`` with its linear maps replaced by vLLM's, which pack weights for the platform's kernels."""
+    if not isinstance(module, nn.Linear):
+        for name, child in module.named_children():
+            setattr(module, name, as_vllm(child))
+        return module
+    weight, bias = module.weight, module.bias
+    served: Any = ReplicatedLinear(
+        module.in_features,
+        module.out_features,
+        bias=bias is not None,
+        params_dtype=weight.dtype,
+        return_bias=False,
+        disable_tp=True,
+    )
+    served.weight.data.copy_(weight)
+    if bias is not None:
+        served.bias.data.copy_(bias)
+    served.quant_method.process_weights_after_loading(served)
+    return served
