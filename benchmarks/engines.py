@@ -210,8 +210,9 @@ def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
     if drafter is None:
         watched.append(("layers", runner.model, "forward"))
     else:
-        watched.append(("head", drafter, "head"))
-        watched += [(part, getattr(drafter, part)._model, "forward") for part in ("shallow", "deep")]
+        watched += [("head", exit_, "head") for exit_ in drafter.exits]
+        segments = [drafter.exits[0].below[0], *drafter.exits[0].above]
+        watched += [("deep" if number else "shallow", s._model, "forward") for number, s in enumerate(segments)]
     replaced: list[tuple[Any, str, Any]] = []
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:

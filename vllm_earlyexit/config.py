@@ -55,15 +55,15 @@ class EarlyExitConfig:
 
     Attributes:
         heads: Folder of the heads checkpoint; None for the shared head.
-        exit_layer: Layers run before the exit.
+        exit_layers: Layers run before each exit that may be drafted from, rising; all but ``auto`` have one.
         num_speculative_tokens: Longest draft.
         policy: ``auto``, ``entropy`` or ``fixed``.
         entropy_threshold: Nats; the entropy policy drafts a token while its entropy is at most this.
-        head_shape: What of the head shapes its compiled graph.
+        head_shape: What of the heads shapes their compiled graphs.
     """
 
     heads: str | None
-    exit_layer: int
+    exit_layers: tuple[int, ...]
     num_speculative_tokens: int
     policy: PolicyName
     entropy_threshold: float | None
@@ -84,7 +84,7 @@ class AdditionalConfig(UserDict[str, Any]):
     def compute_hash(self) -> str:
         """Return the part of vLLM's cache key that stands for this config."""
         ours = self.data[CONFIG_KEY]
-        factors = self.data | {CONFIG_KEY: [ours["exit_layer"], ours["head_shape"]]}
+        factors = self.data | {CONFIG_KEY: [ours["exit_layers"], ours["head_shape"]]}
         return hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,7 +188,7 @@ def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
     if knobs.policy in ("auto", "entropy") or knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: head='shared' is not calibrated; use policy='fixed' without target_accuracy")
     draft_length = knobs.num_speculative_tokens or DEFAULT_DRAFT_LENGTH
-    return EarlyExitConfig(None, knobs.exit_layer, draft_length, "fixed", None)
+    return EarlyExitConfig(None, (knobs.exit_layer,), draft_length, "fixed", None)
 
 
 def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
@@ -211,9 +211,12 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     if policy == "entropy":
         assert calibration is not None
         threshold = calibration.threshold(knobs.target_accuracy or (best.target_accuracy if best else 0.7))
-    head = heads.exit(exit_layer)
-    shape = f"{head.kind} {head.intermediate_size} {heads.draft_vocab_size}"
-    return EarlyExitConfig(str(where.resolve()), exit_layer, draft_length, policy, threshold, shape)
+    exits = [heads.exit(exit_layer)]
+    if policy == "auto" and knobs.exit_layer is None:
+        exits = [e for e in heads.exits if e.calibration is not None and e.calibration.positions]
+    shape = ", ".join(f"{e.kind} {e.intermediate_size} {heads.draft_vocab_size}" for e in exits)
+    layers = tuple(e.exit_layer for e in exits)
+    return EarlyExitConfig(str(where.resolve()), layers, draft_length, policy, threshold, shape)
 
 
 def _default_policy(knobs: Knobs, *, calibrated: bool, mapped: bool) -> PolicyName:

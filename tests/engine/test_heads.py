@@ -9,7 +9,7 @@ import torch
 from tests.engine.conftest import engine, runner_of
 from tests.engine.heads import random_heads
 from tests.engine.tiny import tiny_model
-from vllm_earlyexit.engine.head import TrainedExit
+from vllm_earlyexit.engine.head import Asked, TrainedExit
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import HeadKind
 from vllm_earlyexit.training.data import Window
@@ -72,3 +72,30 @@ def test_drafting_computes_what_training_computed(
         expected = teacher.unembed(features)[-1]
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
         assert expected.std() > 0.3
+
+
+@torch.no_grad()
+def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path):
+    from vllm import SamplingParams
+
+    model = tiny_model(tmp_path / "model")
+    heads = random_heads(tmp_path / "heads", model, "recurrent", EXIT_LAYER, std=0.15)
+    setting = {"method": "self_exit", "model": str(heads), "policy": "fixed", "num_speculative_tokens": 3}
+    differences = []
+    arguments: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": False}
+    with engine(model, speculative_config=setting, **arguments) as llm:
+        (drafted_from,) = runner_of(llm).drafter.drafter.exits
+        compiled = drafted_from.head
+
+        def compare(*inputs: torch.Tensor) -> Asked:
+            said, eagerly = compiled(*inputs), Asked(*compiled.exit.forward(*inputs))
+            differences.extend(float((a.float() - b.float()).abs().max()) for a, b in zip(said, eagerly, strict=True))
+            return said
+
+        drafted_from.head = compare
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+        prompts: list[Any] = [{"prompt_token_ids": PROMPT[: n + 2]} for n in range(3)]
+        llm.generate(prompts, params, use_tqdm=False)
+        assert not compiled.exit.do_not_compile
+    assert len(differences) >= 3 * 3
+    assert max(differences) < 1e-4

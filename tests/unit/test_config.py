@@ -1,4 +1,6 @@
 import contextlib
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import make_heads, make_model
-from vllm_earlyexit.config import EarlyExitConfig, Knobs, knobs_from, resolve
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig, Knobs, knobs_from, resolve
 from vllm_earlyexit.errors import EarlyExitError
 
 
@@ -83,8 +85,35 @@ def test_any_knobs_are_taken_or_refused_in_words(config: dict):
 
 def test_open_knobs_come_from_the_recommendation(model: Path, heads: Path):
     assert resolve(Knobs(model=str(heads)), str(model)) == EarlyExitConfig(
-        heads=str(heads), exit_layer=2, num_speculative_tokens=3, policy="entropy", entropy_threshold=1.5
+        heads=str(heads),
+        exit_layers=(2,),
+        num_speculative_tokens=3,
+        policy="entropy",
+        entropy_threshold=1.5,
+        head_shape="mlp 16 5",
     )
+
+
+def cache_key(config: EarlyExitConfig, **others: int) -> str:
+    return AdditionalConfig({**others, CONFIG_KEY: config.to_dict()}).compute_hash()
+
+
+def test_only_what_shapes_graphs_enters_the_compilation_cache_key(model: Path, heads: Path):
+    config = resolve(Knobs(model=str(heads)), str(model))
+    same = replace(config, policy="fixed", num_speculative_tokens=7, entropy_threshold=None, heads="elsewhere")
+    assert cache_key(same) == cache_key(config)
+    for other in (replace(config, exit_layers=(1,)), replace(config, head_shape="mlp 16 6")):
+        assert cache_key(other) != cache_key(config)
+    assert cache_key(config, gdn=1) != cache_key(config)
+
+
+def test_vllm_keeps_the_additional_config_as_it_is(model: Path, heads: Path):
+    from vllm.config import VllmConfig
+
+    config = resolve(Knobs(model=str(heads)), str(model))
+    held = pickle.loads(pickle.dumps(VllmConfig(additional_config=AdditionalConfig({CONFIG_KEY: config.to_dict()}))))
+    assert isinstance(held.additional_config, AdditionalConfig)
+    assert EarlyExitConfig(**held.additional_config[CONFIG_KEY]) == config
 
 
 def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, heads: Path):
@@ -96,7 +125,7 @@ def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, he
 def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path):
     heads = make_heads(tmp_path / "raw", model, calibrated=False)
     config = resolve(Knobs(model=str(heads)), str(model))
-    assert (config.policy, config.exit_layer, config.entropy_threshold) == ("fixed", 1, None)
+    assert (config.policy, config.exit_layers, config.entropy_threshold) == ("fixed", (1,), None)
     with pytest.raises(EarlyExitError, match="not calibrated"):
         resolve(Knobs(model=str(heads), policy="entropy"), str(model))
 
@@ -137,7 +166,7 @@ def test_an_exit_without_a_head_is_refused(model: Path, heads: Path):
 
 def test_the_shared_head_needs_an_exit_layer_and_nothing_else(model: Path):
     config = resolve(Knobs(head="shared", exit_layer=2), str(model))
-    assert config == EarlyExitConfig(None, 2, 4, "fixed", None)
+    assert config == EarlyExitConfig(None, (2,), 4, "fixed", None)
     with pytest.raises(EarlyExitError, match="needs exit_layer"):
         resolve(Knobs(head="shared"), str(model))
     with pytest.raises(EarlyExitError, match="not calibrated"):

@@ -1,12 +1,13 @@
 """The auto policy: its decisions in known cases, and its speed in simulated decoding."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_earlyexit.engine.cost import Acceptance, StepTimes, measure
+from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
 from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Policy
 
 ENTROPY = np.linspace(0, 4, 32)
@@ -23,15 +24,15 @@ def acceptance(sharpness: float = 0.7) -> Acceptance:
 
 
 def auto(times: StepTimes, **arguments: float) -> AutoPolicy:
-    policy = AutoPolicy(acceptance(**arguments), LONGEST)
-    policy.times = times
+    policy = AutoPolicy([acceptance(**arguments)], LONGEST)
+    policy.times = [times]
     return policy
 
 
 def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
     assert auto(FREE).begin(1)
     assert not auto(BOUND).begin(1)
-    assert not AutoPolicy(acceptance(), LONGEST).begin(1), "nothing is measured yet"
+    assert not AutoPolicy([acceptance()], LONGEST).begin(1), "nothing is measured yet"
 
 
 def test_it_keeps_the_sure_rows_of_a_batch():
@@ -61,20 +62,14 @@ def test_a_batch_too_large_to_profit_is_not_drafted_for():
 
 def test_verification_corrects_calibration_and_the_correction_fades():
     policy = auto(CPU, sharpness=0.3)
-    rounds = 0
-    while policy.begin(1):
-        rounds += 1
-        assert rounds < 500, "rejected drafts must turn drafting off"
-        if policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
+    policy._clock = lambda: 0.0  # nothing is learned from time
+    asked = []
+    for _ in range(2000):
+        asked.append(policy.begin(1))
+        if asked[-1] and policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
             policy.learn(0, 1, 0)
-    assert rounds > 5
-    tried = 0
-    for _ in range(1000):
-        if policy.begin(1):
-            tried += 1
-            if policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
-                policy.learn(0, 1, 0)
-    assert 0 < tried < 100, "it is tried again now and then"
+    assert sum(asked[:10]) > 5
+    assert 0 < sum(asked[1000:]) < 100, "rejected drafts turn drafting off, but for a try now and then"
 
 
 def test_only_drafts_that_verification_reached_are_learned_from():
@@ -97,9 +92,71 @@ def test_times_are_interpolated_and_extended():
 
 def test_measured_times_never_fall_with_size():
     seconds = {1: 3.0, 2: 2.0, 4: 5.0}
-    times = measure(lambda n: dict.fromkeys(("shallow", "head", "deep", "plain"), seconds[n]), longest=5)
+    times = measure(lambda n: [seconds[n]] * 4, longest=5)
     assert times.sizes == (1, 2, 4)
-    assert times.deep == (3.0, 3.0, 5.0)
+    assert times.of_exit(0) == StepTimes((1, 2, 4), *[(2.0, 2.0, 5.0)] * 4)
+
+
+def test_each_exit_has_the_layers_below_and_above_it():
+    parts = PartTimes((1,), ((1.0,), (2.0,), (4.0,), (8.0,), (16.0,), (32.0,)))
+    assert parts.of_exit(0) == StepTimes((1,), (1.0,), (2.0,), (20.0,), (32.0,))
+    assert parts.of_exit(1) == StepTimes((1,), (5.0,), (8.0,), (16.0,), (32.0,))
+
+
+def test_it_drafts_from_the_exit_that_is_worth_most_and_learns_there():
+    cheap, dear = replace(CPU, shallow=(1e-3, 2e-3)), replace(CPU, shallow=(12e-3, 13e-3))
+    for times, expected in (([cheap, dear], 0), ([dear, cheap], 1)):
+        policy = AutoPolicy([acceptance(), acceptance()], LONGEST)
+        policy.times = times
+        assert policy.begin(1)
+        assert policy.exit == expected
+        assert policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item()
+        policy.learn(0, 1, 0)
+        corrections = [a.correction for a in policy._acceptances]
+        assert corrections[expected] < 1 == corrections[1 - expected]
+    policy = AutoPolicy([acceptance(sharpness=3.0), acceptance(sharpness=0.3)], LONGEST)
+    policy.times = [CPU, CPU]
+    assert policy.begin(1)
+    assert policy.exit == 1, "the better head, if both cost the same"
+
+
+class Machine:
+    """Takes some seconds for every part, and counts how often it is asked."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.asked = seconds, 0
+
+    def run(self, n: int) -> list[float]:
+        self.asked += 1
+        return [self.seconds * n] * 4
+
+
+def test_times_are_kept_from_start_to_start(tmp_path: Path):
+    path = tmp_path / "cache" / "times.json"
+    first, again = Machine(1.0), Machine(1.05)
+    times = measured(path, first.run, longest=8)
+    assert measured(path, again.run, longest=8) == times, "they still hold"
+    assert again.asked < first.asked
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[]", b"{}", b'{"sizes": [1]}', b'{"sizes": [], "parts": []}', b"\xff"]
+)
+def test_kept_times_that_do_not_hold_are_measured_anew(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "times.json"
+    measured(path, Machine(1.0).run, longest=8)
+    if content is not None:
+        path.write_bytes(content)
+    slower = measured(path, Machine(1.5).run, longest=8)
+    assert slower.parts[0][0] == 1.5
+    assert measured(path, Machine(1.5).run, longest=8) == slower
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").write_text("")
+    times = measured(tmp_path / "file" / "times.json", Machine(1.0).run, longest=2)
+    assert times.sizes == (1, 2)
+    assert "measured at every start" in caplog.text
 
 
 @dataclass
@@ -109,12 +166,15 @@ class Simulation:
     times: StepTimes
     sharpness: float
     truth: float = 1.0
+    elapsed: float = 0.0
 
     def tokens_per_second(self, policy: Policy, rounds: int = 1500) -> float:
         draw = np.random.default_rng(0)  # the same text for every policy
         knots = draw.integers(len(ENTROPY), size=(rounds, LONGEST))
         luck = draw.uniform(size=(rounds, LONGEST))
         tokens, seconds = 0, 0.0
+        if isinstance(policy, AutoPolicy):
+            policy._clock = lambda: self.elapsed + seconds
         table = torch.from_numpy(ENTROPY)
         for n in range(rounds):
             drafted: list[bool] = []
@@ -134,6 +194,7 @@ class Simulation:
             accepted = [*drafted, False].index(False)
             policy.learn(0, len(drafted), accepted)
             tokens += accepted + 1
+        self.elapsed += seconds
         return tokens / seconds
 
 
@@ -159,6 +220,16 @@ def test_in_simulation_it_beats_every_fixed_length_and_plain_decoding(times: Ste
     world = Simulation(times, sharpness)
     fixed = max(world.tokens_per_second(FixedLength(n)) for n in range(LONGEST + 1))
     assert world.tokens_per_second(auto(times, sharpness=sharpness)) >= 0.99 * fixed
+
+
+@pytest.mark.parametrize("believed", [CPU, FREE], ids=["memory-bound", "free"])
+def test_with_wrong_times_it_is_hardly_slower_than_plain_decoding(believed: StepTimes):
+    world = Simulation(BOUND, 0.4)
+    plain = world.tokens_per_second(FixedLength(0))
+    policy = auto(believed, sharpness=0.4)
+    world.tokens_per_second(policy, rounds=200)
+    assert world.tokens_per_second(policy) >= 0.97 * plain
+    assert world.tokens_per_second(FixedLength(2)) < 0.8 * plain, "it had something to lose"
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.3])

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from vllm_earlyexit.heads.checkpoint import write_whole
 
 logger = logging.getLogger("vllm.earlyexit")
 
-PARTS = ("shallow", "head", "deep", "plain")
 DRIFT = 0.2
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
@@ -46,57 +44,75 @@ class StepTimes:
             seconds = seconds + max(0.0, slope) * np.maximum(0, np.asarray(n) - self.sizes[-1])
         return np.where(np.asarray(n) > 0, seconds, 0.0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready copy."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Seconds of everything a step may consist of, as measured.
+
+    Attributes:
+        sizes: Numbers of tokens n, rising.
+        parts: Seconds at each size, for the layers up to the first exit, the head there, the layers up to the next
+            exit, the head there, and so on; the layers above the last exit with lm_head; and a plain step.
+    """
+
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[float, ...], ...]
+
+    def of_exit(self, number: int) -> StepTimes:
+        """Return the times of a step that drafts from the ``number``-th exit, counted from 0."""
+        *run, plain = self.parts
+        layers, heads = np.array(run[::2]), run[1::2]
+        shallow, deep = layers[: number + 1].sum(axis=0), layers[number + 1 :].sum(axis=0)
+        return StepTimes(self.sizes, tuple(shallow), heads[number], tuple(deep), plain)
 
 
-def measure(run: Callable[[int], dict[str, float]], longest: int, repeats: int = 5) -> StepTimes:
+def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 5) -> PartTimes:
     """Time every part at every size up to ``longest`` tokens.
 
     Args:
-        run: Runs a drafting and a plain step over n tokens, parts in their order, and returns the seconds of each part.
+        run: Runs all parts over n tokens in the order of ``PartTimes`` and returns the seconds of each.
             Run over and over by itself, a part would find its weights in a cache that others empty in between.
         longest: The largest size that can be run.
         repeats: Runs of each size; the median counts.
     """
     sizes = [size for size in SIZES if size <= longest] or [1]
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    times = []
     for size in sizes:
         run(size)
-        runs = [run(size) for _ in range(repeats)]
-        for part, measured in times.items():
-            measured.append(float(np.median([seconds[part] for seconds in runs])))
-    for part, measured in times.items():
-        times[part] = np.maximum.accumulate(measured).tolist()  # more tokens never cost less
-    return StepTimes(tuple(sizes), *map(tuple, times.values()))
+        times.append(np.median([run(size) for _ in range(repeats)], axis=0))
+    # More tokens never cost less: what was measured for fewer was disturbed.
+    rising = np.minimum.accumulate(np.array(times)[::-1], axis=0)[::-1]
+    return PartTimes(tuple(sizes), tuple(map(tuple, rising.T.tolist())))
 
 
-def measured(path: Path, run: Callable[[int], dict[str, float]], longest: int) -> StepTimes:
+def measured(path: Path, run: Callable[[int], list[float]], longest: int) -> PartTimes:
     """Return the times in ``path`` if they still hold, otherwise measure and keep them there; see ``measure``.
 
     They hold if a whole step of the smallest and of a middle size still takes what it took, within ``DRIFT``.
     """
     try:
-        kept = StepTimes(**{name: tuple(values) for name, values in json.loads(path.read_text()).items()})
-        holds = all(_still(kept, run, size) for size in {kept.sizes[0], kept.sizes[len(kept.sizes) // 2]})
-    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        kept = json.loads(path.read_text())
+        times = PartTimes(tuple(kept["sizes"]), tuple(map(tuple, kept["parts"])))
+        if len({len(times.sizes), *map(len, times.parts)}) > 1:
+            raise ValueError(f"{path} has parts of other sizes")
+        holds = all(_still(times, run, at) for at in {0, len(times.sizes) // 2})
+    except (OSError, ValueError, TypeError, LookupError):
         holds = False
     if holds:
-        return kept
+        return times
     times = measure(run, longest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(times.to_dict()).encode())
+        write_whole(path, json.dumps(asdict(times)).encode())
     except OSError as error:
         logger.warning("self-exit: step times are measured at every start, %s cannot be written: %s", path, error)
     return times
 
 
-def _still(times: StepTimes, run: Callable[[int], dict[str, float]], size: int) -> bool:
-    run(size)
-    now = float(np.median([sum(run(size).values()) for _ in range(3)]))
-    then = float(sum(times.at(part, size) for part in PARTS))
+def _still(times: PartTimes, run: Callable[[int], list[float]], at: int) -> bool:
+    run(times.sizes[at])
+    now = float(np.median([sum(run(times.sizes[at])) for _ in range(3)]))
+    then = sum(part[at] for part in times.parts)
     return abs(now / then - 1) < DRIFT
 
 

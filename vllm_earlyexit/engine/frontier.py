@@ -40,6 +40,8 @@ class Frontier:
     """
 
     def __init__(self, last_tokens: torch.Tensor, positions: torch.Tensor, limits: torch.Tensor):
+        self.cut = 0
+        """At which exit its tokens are pending, as whoever drafts numbers them."""
         self._first = positions
         self._limits = limits
         self._tokens: list[list[int]] = [[token] for token in last_tokens.tolist()]

@@ -1,5 +1,6 @@
 """Exit heads as the engine runs them: from hidden states at a cut to a token and how sure the head is of it."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -119,11 +120,28 @@ class TrainedExit(nn.Module):
         return self._model[0].compute_logits(features) if self._rows is None else self._rows(features)
 
 
-def trained_exit(vllm_config: VllmConfig, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None) -> Head:
-    """Return the head ``module`` as the engine runs it; arguments as in ``TrainedExit``."""
-    with set_current_vllm_config(vllm_config), set_model_tag("exit_head"):
-        compiled = TrainedExit(vllm_config=vllm_config, model=model, module=module, draft_vocab=draft_vocab)
-    return lambda hidden, positions, previous: Asked(*compiled(hidden, positions, previous))
+class CompiledExit:
+    """A ``TrainedExit`` after ``layer`` layers as a ``Head``; other arguments as there.
+
+    vLLM's cache knows a graph by the forward's qualified name, so every exit gets a forward of its own name.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: Any, layer: int, module: nn.Module, draft_vocab: torch.Tensor | None
+    ):
+        @functools.wraps(TrainedExit.forward)
+        def forward(exit_: TrainedExit, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return TrainedExit.forward(exit_, *arguments)
+
+        name = f"{TrainedExit.__name__}{layer}"
+        forward.__qualname__ = f"{name}.forward"
+        own: Any = type(name, (TrainedExit,), {"forward": forward, "__module__": __name__})
+        with set_current_vllm_config(vllm_config), set_model_tag(f"exit_head_{layer}"):
+            self.exit = own(vllm_config=vllm_config, model=model, module=module, draft_vocab=draft_vocab)
+
+    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
+        """Ask the head; see ``Head``."""
+        return Asked(*self.exit(hidden, positions, previous))
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -94,6 +94,34 @@ def _give_own_graph(stage: Any) -> None:
         TorchCompileWithNoGuardsWrapper.__init__(stage)
 
 
+def run_segments(
+    segments: Sequence[Segment],
+    input_ids: torch.Tensor | None,
+    positions: torch.Tensor,
+    intermediate: IntermediateTensors | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    at_cut: Callable[[int, IntermediateTensors], None] | None = None,
+) -> IntermediateTensors | torch.Tensor:
+    """Run segments one after the other; arguments and result as in ``Segment.__call__``.
+
+    Args:
+        segments: At least one.
+        input_ids: See there.
+        positions: See there.
+        intermediate: See there.
+        inputs_embeds: See there.
+        at_cut: Called with what passes a cut, and after how many layers it lies.
+    """
+    state: torch.Tensor | IntermediateTensors | None = intermediate
+    for segment in segments:
+        assert state is None or isinstance(state, IntermediateTensors)
+        state = segment(input_ids, positions, state, inputs_embeds)
+        if at_cut is not None and isinstance(state, IntermediateTensors):
+            at_cut(segment.end, state)
+    assert state is not None
+    return state
+
+
 def decoder_stack(model: nn.Module) -> tuple[str, Any]:
     """Return the name and the child of ``model`` that holds ``layers``, ``start_layer`` and ``end_layer``."""
     for name, child in model.named_children():
@@ -143,14 +171,9 @@ class ExitMixin:
         """Run all segments; without any, the model as it was."""
         if not self._segments:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
-        state: torch.Tensor | IntermediateTensors | None = intermediate_tensors
-        for segment in self._segments:
-            assert state is None or isinstance(state, IntermediateTensors)
-            state = segment(input_ids, positions, state, inputs_embeds)
-            if isinstance(state, IntermediateTensors):
-                self.at_cut(segment.end, state)
-        assert state is not None
-        return state
+        return run_segments(
+            self._segments, input_ids, positions, intermediate_tensors, inputs_embeds, at_cut=self.at_cut
+        )
 
     def at_cut(self, layer: int, state: IntermediateTensors) -> None:
         """Called by ``forward`` with what passes the cut after ``layer`` layers; does nothing here."""

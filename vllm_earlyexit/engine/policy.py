@@ -1,9 +1,11 @@
 """Exit policies: after each draft step, which tokens to draft, and whether to go on."""
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +15,80 @@ from vllm_earlyexit.engine.cost import Acceptance, StepTimes
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 
 GRID = np.linspace(0, 1, 65)
-PROBES, PROBE_FIRST, PROBE_LATER = 8, 16, 256
-"""Every so many rounds nothing is drafted, to learn what a plain step takes besides the model: often at first."""
+PROBES, PROBE_FIRST, PROBE_LATER = 8, 4, 256
+"""Every so many rounds of a batch size nothing is drafted, to learn what a plain step takes: often at first."""
+RETRY, MAX_RETRY = 32, 1024
+"""Rounds after which drafting is tried again where it was seen to be slower than plain decoding; doubled each time."""
+SEEN, CERTAIN = 4, 3.0
+"""Rounds of either kind before they are compared, and by how many standard errors drafting must be slower to stop."""
 TOLERANCE = 0.02
 """Change of rate times correction from which on values are tabulated anew."""
+
+
+@dataclass
+class Mean:
+    """A mean in which old values fade, and its standard error."""
+
+    weight: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+
+    MEMORY: ClassVar[float] = 0.995
+
+    def add(self, value: float) -> None:
+        """Take note of a value."""
+        self.weight = self.MEMORY * self.weight + 1
+        self.total = self.MEMORY * self.total + value
+        self.squares = self.MEMORY * self.squares + value * value
+        self.count += 1
+
+    @property
+    def value(self) -> float:
+        """The mean; there must be a value."""
+        return self.total / self.weight
+
+    @property
+    def error(self) -> float:
+        """The mean's standard error."""
+        return math.sqrt(max(0.0, self.squares / self.weight - self.value**2) / self.weight)
+
+
+@dataclass
+class Seen:
+    """What was seen of a batch size.
+
+    Attributes:
+        plain: Seconds of a round without a draft.
+        gain: Of a round with one: tokens that it yielded over what plain decoding would have in its time.
+        rounds: Rounds so far.
+        pause: Rounds until drafting is tried again, once it is stopped.
+        resume: The round when it will be.
+    """
+
+    plain: Mean = field(default_factory=Mean)
+    gain: Mean = field(default_factory=Mean)
+    rounds: int = 0
+    pause: int = RETRY
+    resume: int = 0
+
+    def add(self, batch: int, tokens: int, seconds: float, drafted: bool) -> None:
+        """Take note of a round."""
+        if not drafted:
+            self.plain.add(seconds)
+        elif self.plain.count:
+            self.gain.add(tokens - batch * seconds / self.plain.value)
+
+    def drafts(self) -> bool:
+        """Say whether to draft in this round: not while that turned out slower than plain decoding, but for tries."""
+        if min(self.plain.count, self.gain.count) < SEEN or self.gain.value > -CERTAIN * self.gain.error:
+            self.pause, self.resume = RETRY, self.rounds + RETRY
+            return True
+        if self.rounds < self.resume:
+            return False
+        self.pause = min(2 * self.pause, MAX_RETRY)
+        self.resume = self.rounds + self.pause
+        return True
 
 
 @dataclass(frozen=True)
@@ -33,7 +105,13 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides for a batch of sequences, step by step, what to draft."""
+    """Decides for a batch of sequences, step by step, what to draft.
+
+    Attributes:
+        exit: From which exit this round drafts, as the drafter numbers them.
+    """
+
+    exit: int
 
     def begin(self, num_seqs: int) -> bool:
         """Start a round over ``num_seqs`` sequences; return whether to draft at all."""
@@ -47,6 +125,8 @@ class Policy(Protocol):
 
 class FixedPolicy:
     """LayerSkip's rule: always draft the full length."""
+
+    exit = 0
 
     def begin(self, num_seqs: int) -> bool:
         """Return True."""
@@ -87,25 +167,31 @@ class AutoPolicy:
     follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
 
     What vLLM does around the model, and what a draft step costs beside its parts, is learned from the time between
-    rounds: the former in rounds without a draft, of which there is one now and then for this purpose.
+    rounds: the former in rounds without a draft, of which there is one now and then for this purpose. Times that were
+    measured on a busy machine may still mislead, so the rates that rounds with and without drafts really reach are
+    compared for every batch size; where drafting turns out slower it stops, but for a try now and then.
+
+    Each round drafts from the exit at which asking is worth most.
 
     Args:
-        acceptance: From entropy to acceptance.
+        acceptances: From entropy to acceptance, for each exit.
         longest: The longest draft.
+        clock: Tells the time in seconds.
     """
 
     MEMORY = 0.95
 
-    def __init__(self, acceptance: Acceptance, longest: int):
-        self._acceptance, self._longest = acceptance, longest
-        self.times: StepTimes | None = None
-        """Set once they are measured; until then nothing is drafted."""
+    def __init__(self, acceptances: Sequence[Acceptance], longest: int, clock: Callable[[], float] = time.perf_counter):
+        self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
+        self.times: Sequence[StepTimes] | None = None
+        """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
-        self._values: dict[int, tuple[float, list[np.ndarray]]] = {}
+        self._values: dict[tuple[int, int], tuple[float, list[np.ndarray]]] = {}
         self._drafted: dict[int, list[float]] = {}
         self._around: float | None = None
         self._overhead = self._spent = self._began = 0.0
-        self._batch = self._tokens = self._step = self._asked = self._rounds = self._plain_rounds = 0
+        self._batch = self._tokens = self._step = self._asked = self._accepted = 0
+        self._seen: dict[int, Seen] = defaultdict(Seen)
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
@@ -113,21 +199,26 @@ class AutoPolicy:
         """Start a round; return whether asking the head once is expected to pay."""
         if self.times is None:
             return False
-        self._close(self.times)
+        self._close()
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, 0, 0.0, 0
         self._reached = np.ones(num_seqs)
-        self._drafted = {}
-        self._rounds += 1
-        if self._rounds % (PROBE_FIRST if self._plain_rounds < PROBES else PROBE_LATER) == 0:
+        self._accepted, self._drafted = 0, {}
+        seen = self._seen[num_seqs]
+        seen.rounds += 1
+        if seen.rounds % (PROBE_FIRST if seen.plain.count < PROBES else PROBE_LATER) == 0:
             return False
-        asked = num_seqs > 0 and bool(self._asking(self._reached, 0).sum() > 0)
-        if not asked:
-            self._acceptance.forget()
+        if not seen.drafts():
+            return False
+        worth = [self._worth_of(number) for number in range(len(self.times))]
+        self.exit = int(np.argmax(worth))
+        asked = worth[self.exit] > 0
+        for number, acceptance in enumerate(self._acceptances):
+            if not asked or number != self.exit:
+                acceptance.forget()
         return asked
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
-        assert self.times is not None
         at = rows.cpu().numpy()
         probability = self._acceptance.of(self._step, entropy.cpu().numpy())
         reached = self._reached[at] * probability
@@ -152,29 +243,41 @@ class AutoPolicy:
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Compare what was expected of a sequence's drafts with what verification said."""
+        self._accepted += accepted
         for n, expected in enumerate(self._drafted.get(row, [])[:verified]):
             if n > accepted:
                 return
             self._acceptance.learn(expected, n < accepted)
 
     @property
+    def _acceptance(self) -> Acceptance:
+        return self._acceptances[self.exit]
+
+    @property
+    def _times(self) -> StepTimes:
+        assert self.times is not None
+        return self.times[self.exit]
+
+    def _worth_of(self, number: int) -> float:
+        """Return what asking the head at an exit is worth at the start of a round, in tokens."""
+        self.exit = number
+        return float(self._asking(self._reached, 0).sum())
+
+    @property
     def _rate(self) -> float:
         """Tokens per second of the batch: plain decoding's, or what drafting reached for such a batch, if more."""
-        assert self.times is not None
-        plain = self._batch / (float(self.times.at("plain", self._batch)) + (self._around or 0.0))
+        plain = self._batch / (float(self._times.at("plain", self._batch)) + (self._around or 0.0))
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
 
     def _head(self, n: int) -> float:
         """Return the seconds that asking the head for n rows adds to a round."""
-        assert self.times is not None
-        return float(self.times.at("head", n)) + self._overhead
+        return float(self._times.at("head", n)) + self._overhead
 
     def _added(self, m: np.ndarray | int) -> np.ndarray:
         """Return the seconds that verifying m more tokens adds, for each m."""
-        assert self.times is not None
-        deep = self.times.at("deep", self._tokens + m) - self.times.at("deep", self._tokens)
-        return self.times.at("shallow", m) + deep
+        deep = self._times.at("deep", self._tokens + m) - self._times.at("deep", self._tokens)
+        return self._times.at("shallow", m) + deep
 
     def _asking(self, reached: np.ndarray, step: int) -> np.ndarray:
         """Return for each row what asking the head at draft position ``step`` is worth, in tokens; [n].
@@ -185,14 +288,13 @@ class AutoPolicy:
         if step >= self._longest:
             return np.full(n, -1.0)
         key = self._rate * self._acceptance.correction
-        known = self._values.get(n)
+        known = self._values.get((self.exit, n))
         if known is None or abs(known[0] / key - 1) > TOLERANCE:
-            known = self._values[n] = (key, self._tabulate(n))
+            known = self._values[self.exit, n] = (key, self._tabulate(n))
         return np.interp(reached, GRID, known[1][step])
 
     def _tabulate(self, n: int) -> list[np.ndarray]:
         """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
-        assert self.times is not None
         each = self._rate * float(self._added(n)) / n
         head = self._rate * self._head(n) / n
         tables: list[np.ndarray] = []
@@ -204,15 +306,15 @@ class AutoPolicy:
             later = np.maximum(tables[-1], 0)
         return tables[::-1]
 
-    def _close(self, times: StepTimes) -> None:
+    def _close(self) -> None:
         """Remember the expected tokens and seconds of the round that ends, and what it took beside the model."""
-        now, began = time.perf_counter(), self._began
+        now, began = self._clock(), self._began
         self._began = now
         if not self._batch:
             return
         expected = self._batch + sum(float(np.cumprod(drafted).sum()) for drafted in self._drafted.values())
         around = self._around or 0.0
-        predicted = float(times.at("plain", self._batch)) + around + self._spent
+        predicted = float(self._times.at("plain", self._batch)) + around + self._spent
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
         took = now - began
@@ -221,23 +323,21 @@ class AutoPolicy:
         self.predicted_seconds += predicted
         self.measured_seconds += took
         missed = took - predicted
+        self._seen[self._batch].add(self._batch, self._batch + self._accepted, took, self._asked > 0)
         if not self._asked:
-            self._plain_rounds += 1
             learned = max(0.0, around + missed)
             self._around = learned if self._around is None else around + (1 - self.MEMORY) * (learned - around)
         elif self._around is not None:
             self._overhead = max(0.0, self._overhead + (1 - self.MEMORY) * missed / self._asked)
 
 
-def build_policy(config: EarlyExitConfig, head: ExitHeadConfig | None) -> Policy:
-    """Return the policy that ``config`` names, for the exit with the config ``head``."""
+def build_policy(config: EarlyExitConfig, heads: Sequence[ExitHeadConfig]) -> Policy:
+    """Return the policy that ``config`` names, for exits with these heads."""
     if config.policy == "entropy":
         assert config.entropy_threshold is not None
         return EntropyPolicy(config.entropy_threshold)
     if config.policy == "auto":
-        assert head is not None
-        assert head.calibration is not None
-        positions: Sequence = head.calibration.positions
-        acceptance = Acceptance([p.entropy for p in positions], [p.probability for p in positions])
-        return AutoPolicy(acceptance, config.num_speculative_tokens)
+        maps = [head.calibration.positions for head in heads if head.calibration is not None]
+        acceptances = [Acceptance([p.entropy for p in at], [p.probability for p in at]) for at in maps]
+        return AutoPolicy(acceptances, config.num_speculative_tokens)
     return FixedPolicy()

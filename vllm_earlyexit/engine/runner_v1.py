@@ -47,12 +47,12 @@ class SelfExitProposer:
 
     @torch.inference_mode()
     def measure(self, runner: Any) -> None:
-        """Compile the head, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
+        """Compile the heads, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
         scheduler = self.vllm_config.scheduler_config
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
         position = min(MEASURED_POSITION, self.max_model_len - 2)
 
-        def run(n: int) -> dict[str, float]:
+        def run(n: int) -> list[float]:
             ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
             positions = torch.full((n,), position, dtype=torch.int64, device=runner.device)
             blocks = {
@@ -62,11 +62,12 @@ class SelfExitProposer:
             with self._kv_context(runner, blocks, torch.ones_like(positions), positions):
                 return self.drafter.timed(ids, positions)
 
-        run(2)  # compiles the head, for any number of tokens
+        run(2)  # compiles the heads, for any number of tokens
         policy = self.drafter.policy
         if isinstance(policy, AutoPolicy):
-            policy.times = measured(self._times_file(longest), run, longest)
-            logger.info("self-exit: seconds per step part: %s", policy.times.to_dict())
+            parts = measured(self._times_file(longest), run, longest)
+            policy.times = [parts.of_exit(number) for number in range(len(self.drafter.exits))]
+            logger.info("self-exit: seconds per step part: %s", policy.times)
 
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""
@@ -159,7 +160,7 @@ class SelfExitProposer:
         return self.drafter.verify(
             input_ids,
             positions,
-            Pending(tensor(at), states, tensor(fresh)),
+            Pending(tensor(at), states, tensor(fresh), last_round.frontier.cut),
             lambda: self._kv_context(
                 runner,
                 self._blocks(runner, tensor(np.flatnonzero(left))),
