@@ -58,3 +58,44 @@ def test_the_roofline_behaves(shape):  # type: ignore[no-untyped-def]
 def test_on_paper_a_large_model_bound_by_arithmetic_gains_nothing():
     large = next(shape for shape in SHAPES if "70B" in shape.name)
     assert best(H100, large, 20, 0.6, 256) == (1.0, 0)
+
+
+def test_a_servers_record_is_relative_to_the_baseline_of_the_same_repeat():
+    from benchmarks.serve import MEASURED, Load, Server
+    from benchmarks.serve import record as record_server
+
+    def run(speed: float, **others: float) -> dict[str, float]:
+        return dict.fromkeys(MEASURED, 1.0) | {"output_throughput": speed} | others
+
+    load = Load("model", "folder", Path("p.jsonl"), 4, 16)
+    ours = [run(20.0, spec_decode_acceptance_rate=50.0), run(30.0, spec_decode_acceptance_rate=60.0), run(20.0)]
+    found = record_server(Server("ours", "http://x"), load, 8, ours, [run(10.0), run(10.0), run(20.0)])
+    assert found["speedup"] == 2.0  # the median of 2, 3 and 1
+    assert found["output_throughput"] == 20.0
+    assert found["acceptance_rate"] == 0.55
+    assert found["repeats"] == [20.0, 30.0, 20.0]
+
+
+def test_vllm_bench_serve_knows_every_option_it_is_given():
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from benchmarks.serve import Load, Server
+
+    command = Load("model", "folder", Path("p.jsonl"), 4, 16).command(Server("a", "http://x"), 8, Path("d/r.json"))
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    given = parser.parse_args(command[command.index("serve") + 1 :])
+    assert (given.base_url, given.max_concurrency, given.num_prompts) == ("http://x", 8, 4)
+    assert (given.temperature, given.custom_output_len, given.result_filename) == (0, 16, "r.json")
+
+
+def test_a_server_is_named_with_its_address():
+    import argparse
+
+    from benchmarks.serve import Server
+
+    assert Server.parse("plain=http://127.0.0.1:8000/") == Server("plain", "http://127.0.0.1:8000")
+    for wrong in ("http://127.0.0.1:8000", "plain=", "=http://x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=URL"):
+            Server.parse(wrong)
