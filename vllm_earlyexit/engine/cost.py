@@ -63,7 +63,7 @@ class PartTimes:
         *run, plain = self.parts
         layers, heads = np.array(run[::2]), run[1::2]
         shallow, deep = layers[: number + 1].sum(axis=0), layers[number + 1 :].sum(axis=0)
-        return StepTimes(self.sizes, tuple(shallow), heads[number], tuple(deep), plain)
+        return StepTimes(self.sizes, tuple(shallow.tolist()), heads[number], tuple(deep.tolist()), plain)
 
 
 def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 5) -> PartTimes:
