@@ -201,6 +201,19 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
+    """Return ``function``, which from now on adds the seconds of its calls to ``seconds[name]``."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    return call
+
+
 @contextmanager
 def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of a step's parts in ``parts`` while an in-process V1 engine runs."""
@@ -215,20 +228,10 @@ def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
         watched += [("deep" if number else "shallow", s._model, "forward") for number, s in enumerate(segments)]
     replaced: list[tuple[Any, str, Any]] = []
 
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                parts[part] = parts.get(part, 0.0) + time.perf_counter() - started
-
-        return call
-
     try:
         for part, owner, name in watched:
             replaced.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, timed(part, getattr(owner, name)))
+            setattr(owner, name, timed(getattr(owner, name), parts, part))
         yield
     finally:
         for owner, name, before in replaced:

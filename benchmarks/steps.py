@@ -8,41 +8,14 @@ resumed verification takes beside the layers that it runs. Both are ideal if the
 
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.engines import timed
 from benchmarks.results import write_result
 from vllm_earlyexit.training.records import read_records
-
-
-class Stopwatch:
-    """Adds up the seconds that calls take, by name, for one round at a time."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Begin a round."""
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
-
-    def watch(self, owner: Any, attribute: str, name: str) -> None:
-        """Time calls of an attribute of ``owner`` under ``name``."""
-        inner: Callable[..., Any] = getattr(owner, attribute)
-
-        def timed(*arguments: Any, **keywords: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return inner(*arguments, **keywords)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-                self.calls[name] = self.calls.get(name, 0) + 1
-
-        setattr(owner, attribute, timed)
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -77,14 +50,25 @@ def main(
     runner: Any = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner  # type: ignore
     proposer = runner.drafter
     (drafted_from,) = proposer.drafter.exits
-    watch = Stopwatch()
+    seconds: dict[str, float] = {}
+    steps = 0
+
+    def watch(owner: Any, attribute: str, name: str) -> None:
+        setattr(owner, attribute, timed(getattr(owner, attribute), seconds, name))
+
+    def count_step(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return head(*arguments)
+
     for segment in drafted_from.below:
-        watch.watch(segment._model, "forward", "below")
+        watch(segment._model, "forward", "below")
     for segment in drafted_from.above:
-        watch.watch(segment._model, "forward", "above")
-    watch.watch(drafted_from, "head", "head")
-    watch.watch(proposer, "forward", "resume")
-    watch.watch(proposer, "propose", "propose")
+        watch(segment._model, "forward", "above")
+    watch(drafted_from, "head", "head")
+    watch(proposer, "forward", "resume")
+    watch(proposer, "propose", "propose")
+    head, drafted_from.head = drafted_from.head, count_step
     asked = [[{"role": "user", "content": item["turns"][0]}] for item in read_records(prompts)][:num_prompts]
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     llm.chat(asked[:1], params, use_tqdm=False)
@@ -92,19 +76,19 @@ def main(
     inner, forward = proposer.propose, proposer.forward
 
     def propose(*arguments: Any) -> Any:
-        watch.start()
+        nonlocal steps
+        seconds.clear()
+        steps = 0
         found = inner(*arguments)
-        seconds, calls = watch.seconds, watch.calls
-        if calls.get("head"):
+        if steps:
             beside = seconds["propose"] - seconds["below"] - seconds["head"]
             spent = {"beside": beside, "below": seconds["below"], "head": seconds["head"]}
-            drafts.append({part: 1000 * value / calls["head"] for part, value in spent.items()})
+            drafts.append({part: 1000 * value / steps for part, value in spent.items()})
         return found
 
     def resumed(*arguments: Any) -> Any:
-        watch.start()
+        seconds.clear()
         found = forward(*arguments)
-        seconds = watch.seconds
         if found is not None:
             resumes.append(seconds["resume"] / (seconds["above"] + seconds.get("below", 0.0)))
         return found

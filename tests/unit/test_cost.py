@@ -140,7 +140,17 @@ def test_times_are_kept_from_start_to_start(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"[]", b"{}", b'{"sizes": [1]}', b'{"sizes": [], "parts": []}', b"\xff"]
+    "content",
+    [
+        None,
+        b"",
+        b"[]",
+        b"{}",
+        b'{"sizes": [1]}',
+        b'{"sizes": [], "parts": []}',
+        b'{"sizes": [1], "parts": [[0]]}',
+        b"\xff",
+    ],
 )
 def test_kept_times_that_do_not_hold_are_measured_anew(tmp_path: Path, content: bytes | None):
     path = tmp_path / "times.json"

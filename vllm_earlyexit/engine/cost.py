@@ -113,7 +113,7 @@ def _still(times: PartTimes, run: Callable[[int], list[float]], at: int) -> bool
     run(times.sizes[at])
     now = float(np.median([sum(run(times.sizes[at])) for _ in range(3)]))
     then = sum(part[at] for part in times.parts)
-    return abs(now / then - 1) < DRIFT
+    return abs(now - then) < DRIFT * then
 
 
 class Acceptance:

@@ -19,7 +19,7 @@ from vllm_earlyexit.training.targets import top_targets
 def compute_dtype(device: str) -> torch.dtype:
     """Return bfloat16 where ``device`` computes in it, otherwise float32.
 
-    CPUs without AVX-512 or AMX emulate bfloat16, at an eighth of float32's speed where it was measured.
+    CPUs without AVX-512 or AMX emulate bfloat16, which is much slower than float32.
     """
     if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
