@@ -14,8 +14,17 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 from vllm_earlyexit.training.data import Window, as_messages, cut, grouped, tokenize
 from vllm_earlyexit.training.records import read_records, sized_records
-from vllm_earlyexit.training.shards import RecordsConfig, Shard, open_records, shards, window_key, write_shard
-from vllm_earlyexit.training.sources import CollectOptions, ServingSource, Source, TransformersSource
+from vllm_earlyexit.training.shards import (
+    Batch,
+    RecordsConfig,
+    Shard,
+    concatenate,
+    open_records,
+    shards,
+    window_key,
+    write_shard,
+)
+from vllm_earlyexit.training.sources import Answer, CollectOptions, ServingSource, Source, TransformersSource, as_batch
 
 Item = TypeVar("Item")
 ANSWERS_FILE = "answers.jsonl"
@@ -27,7 +36,6 @@ class Collected:
 
     answers: int = 0
     tokens: int = 0
-    seconds: float = 0.0
     skipped: list[str] = field(default_factory=list)
 
 
@@ -94,43 +102,155 @@ def collect_records(
     folder = model_folder(model)
     config = records_config(folder, name or Path(model).name, exit_layers, options.top_k)
     open_records(out, config)
-    collected = Collected()
-    known, number = _known_windows(out, config, collected)
-    for message in collected.skipped:
+    collector = Collector(out, config, options, console)
+    for message in collector.done.skipped:
         console.print(f"skipped: {message}", soft_wrap=True)
     source: Source = (
         ServingSource(folder, config, options) if engine == "vllm" else TransformersSource(folder, config, device)
     )
     if prompts:
-        collected.answers = _answer(source, prompts, out / ANSWERS_FILE, options, console)
+        collector.answer(source, prompts)
     sources = [*([out / ANSWERS_FILE] if (out / ANSWERS_FILE).exists() else []), *data]
-    _check_room(out, config, sources, options)
-    _record(source, sources, out, config, options, known, number, collected, console)
-    if not known:
+    collector.record(source, sources)
+    if not collector.known:
         raise EarlyExitError(f"nothing to learn from in {', '.join(map(str, [*prompts, *data])) or 'no files'}")
-    return collected
+    return collector.done
 
 
-def _known_windows(out: Path, config: RecordsConfig, collected: Collected) -> tuple[set[int], int]:
-    known: set[int] = set()
-    for shard in shards(out, config):
-        if isinstance(shard, Shard):
-            known.update(shard.windows[:, 1].tolist())
-        else:
-            collected.skipped.append(str(shard))
-    numbers = [int(path.stem.split("-")[1]) for path in out.glob("shard-*.safetensors")]
-    return known, max(numbers, default=-1) + 1
+class Collector:
+    """A records folder that is being filled.
 
+    Attributes:
+        done: What this run did.
+        known: Keys of the windows that are in a whole shard or about to be.
+    """
 
-def _check_room(out: Path, config: RecordsConfig, sources: Sequence[Path], options: CollectOptions) -> None:
-    tokens = sum(path.stat().st_size for path in sources) / 4  # English has about four bytes a token
-    tokens = min(tokens, options.max_tokens or tokens)
-    needed, free = tokens * config.bytes_per_token / 1e9, shutil.disk_usage(out).free / 1e9
-    if needed > free:
-        raise EarlyExitError(
-            f"these records will take about {needed:.1f} GB and {out} has {free:.1f} GB free; "
-            "give --max-tokens, fewer exit layers or another folder"
-        )
+    def __init__(self, out: Path, config: RecordsConfig, options: CollectOptions, console: Console):
+        self._out, self._config, self._options, self._console = out, config, options, console
+        self.done = Collected()
+        self.known: set[int] = set()
+        self._waiting: list[Batch] = []
+        for shard in shards(out, config):
+            if isinstance(shard, Shard):
+                self.known.update(shard.windows[:, 1].tolist())
+            else:
+                self.done.skipped.append(str(shard))
+        self._number = max((int(path.stem.split("-")[1]) for path in out.glob("shard-*.safetensors")), default=-1) + 1
+
+    @property
+    def full(self) -> bool:
+        """Whether this run has recorded all the tokens that it was asked for."""
+        return self._options.max_tokens is not None and self.done.tokens >= self._options.max_tokens
+
+    def _write(self, batch: Batch) -> None:
+        write_shard(self._out, self._number, self._config, batch)
+        self._number += 1
+
+    def answer(self, source: Source, prompts: Sequence[Path]) -> None:
+        """Have every user turn answered that has no answer yet, recording what the model computes meanwhile."""
+        path = self._out / ANSWERS_FILE
+        history = {(record["id"], record["turn"]): record["text"] for record in _whole_lines(path)}
+        asked = [r for file in prompts for r in list(read_records(file))[: self._options.num_prompts] if "turns" in r]
+        with (
+            path.open("a", encoding="utf-8") as sink,
+            Progress(*_columns("answering"), console=self._console) as progress,
+        ):
+            bar = progress.add_task("", total=sum(len(record["turns"]) for record in asked), rate="")
+            began, spoken = progress.get_time(), 0
+            for line, answer in self._answers(source, asked, history):
+                sink.write(json.dumps(line) + "\n")
+                sink.flush()
+                self._keep(list(self._new_windows(line, source.tokenizer)), answer)
+                self.done.answers, spoken = self.done.answers + 1, spoken + len(answer.ids)
+                rate = spoken / max(1e-9, progress.get_time() - began)
+                progress.update(bar, completed=len(history), rate=f"{rate:.0f} tokens/s")
+                if self.full:
+                    break
+        self._flush()
+
+    def _answers(
+        self, source: Source, asked: list[dict[str, Any]], history: dict[tuple[str, int], str]
+    ) -> Iterator[tuple[dict[str, Any], Answer]]:
+        """Yield answers and their lines for the answers file, turn by turn; adds them to ``history``."""
+        for turn in range(max((len(record["turns"]) for record in asked), default=0)):
+            numbered = enumerate(record for record in asked if len(record["turns"]) > turn)
+            todo = [(n, record) for n, record in numbered if (str(record["id"]), turn) not in history]
+            ids = [_prompt_ids(record, turn, history, source.tokenizer) for _, record in todo]
+            share = self._options.sampled
+            sampled = [int(n * share) != int((n + 1) * share) for n, _ in todo]
+            for answer in source.answer(ids, sampled, self._options) if todo else ():
+                name, prompt = str(todo[answer.number][1]["id"]), ids[answer.number]
+                text = source.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                history[name, turn] = text
+                line = {"id": name, "turn": turn, "text": text, "ids": prompt + answer.ids}
+                yield line | {"answer_start": len(prompt)}, answer
+
+    def _keep(self, windows: list[Window], answer: Answer) -> None:
+        """Keep what was observed of an answer until there is enough for a shard."""
+        if answer.observed is None or not windows:
+            return
+        self._waiting.append(as_batch(windows, answer.observed))
+        self.done.tokens += len(self._waiting[-1].ids)
+        if sum(len(batch.ids) for batch in self._waiting) >= self._options.shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._write(concatenate(self._waiting))
+            self._waiting = []
+
+    def record(self, source: Source, paths: Sequence[Path]) -> None:
+        """Run every window of ``paths`` that is not known yet through the model and write shards."""
+        options = self._options
+        self._check_room(paths)
+        with Progress(*_columns("recording"), console=self._console) as progress:
+            total = options.max_tokens or sum(path.stat().st_size for path in paths)
+            bar = progress.add_task("", total=total, completed=self.done.tokens if options.max_tokens else 0, rate="")
+            began = progress.get_time()
+
+            def windows() -> Iterator[Window]:
+                taken = self.done.tokens
+                for record, size in _in_turns([sized_records(path) for path in paths]):
+                    if options.max_tokens is not None and taken >= options.max_tokens:
+                        return
+                    for window in self._new_windows(record, source.tokenizer):
+                        yield window
+                        taken += len(window.ids)
+                    if options.max_tokens is None:
+                        progress.advance(bar, size)
+
+            tokens = 0
+            for group in grouped(windows(), options.shard_tokens):
+                self._write(source.observe(group))
+                here = sum(len(window.ids) for window in group)
+                self.done.tokens, tokens = self.done.tokens + here, tokens + here
+                progress.update(bar, rate=f"{tokens / max(1e-9, progress.get_time() - began):.0f} tokens/s")
+                if options.max_tokens is not None:
+                    progress.advance(bar, here)
+
+    def _new_windows(self, record: dict[str, Any], tokenizer: Any) -> Iterator[Window]:
+        """Yield the windows of a record that are not known yet; they are from then on."""
+        whole, vocab_size = tokenize(record, tokenizer), self._config.vocab_size
+        if max(whole.ids, default=0) >= vocab_size:
+            raise EarlyExitError(
+                f"the tokenizer speaks of token {max(whole.ids)} and the model has {vocab_size}: "
+                "it is another model's tokenizer"
+            )
+        for window in cut(whole, self._options.window):
+            key = window_key(window)[1]
+            if key not in self.known:
+                self.known.add(key)
+                yield window
+
+    def _check_room(self, paths: Sequence[Path]) -> None:
+        tokens = sum(path.stat().st_size for path in paths if path.name != ANSWERS_FILE) / 4  # four bytes a token
+        tokens = min(tokens, self._options.max_tokens or tokens)
+        needed, free = tokens * self._config.bytes_per_token / 1e9, shutil.disk_usage(self._out).free / 1e9
+        if needed > free:
+            raise EarlyExitError(
+                f"these records will take about {needed:.1f} GB and {self._out} has {free:.1f} GB free; "
+                "give --max-tokens, fewer exit layers or another folder"
+            )
 
 
 def _columns(label: str) -> tuple[Any, ...]:
@@ -141,36 +261,6 @@ def _columns(label: str) -> tuple[Any, ...]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[rate]}"),
     )
-
-
-def _answer(source: Source, prompts: Sequence[Path], out: Path, options: CollectOptions, console: Console) -> int:
-    """Append an answer for every user turn that has none yet; return how many were added."""
-    history = {(record["id"], record["turn"]): record["text"] for record in _whole_lines(out)}
-    asked = [r for path in prompts for r in list(read_records(path))[: options.num_prompts] if "turns" in r]
-    added = spoken = 0
-    with out.open("a", encoding="utf-8") as sink, Progress(*_columns("answering"), console=console) as progress:
-        bar = progress.add_task("", total=sum(len(record["turns"]) for record in asked), rate="")
-        started = progress.get_time()
-        for turn in range(max((len(record["turns"]) for record in asked), default=0)):
-            todo = [
-                (n, record)
-                for n, record in enumerate(asked)
-                if len(record["turns"]) > turn and (str(record["id"]), turn) not in history
-            ]
-            for start in range(0, len(todo), 512):
-                part = todo[start : start + 512]
-                ids = [_prompt_ids(record, turn, history, source.tokenizer) for _, record in part]
-                sampled = [int(n * options.sampled) != int((n + 1) * options.sampled) for n, _ in part]
-                for (_, record), prompt, answer in zip(part, ids, source.answer(ids, sampled, options), strict=True):
-                    text = source.tokenizer.decode(answer, skip_special_tokens=True)
-                    history[str(record["id"]), turn] = text
-                    line = {"id": str(record["id"]), "turn": turn, "text": text}
-                    sink.write(json.dumps(line | {"ids": prompt + answer, "answer_start": len(prompt)}) + "\n")
-                    added, spoken = added + 1, spoken + len(answer)
-                sink.flush()
-                rate = spoken / max(1e-9, progress.get_time() - started)
-                progress.update(bar, completed=len(history), rate=f"{rate:.0f} tokens/s")
-    return added
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -200,51 +290,3 @@ def _in_turns(sources: list[Iterator[Item]]) -> Iterator[Item]:
                 yield next(source)
             except StopIteration:
                 sources.remove(source)
-
-
-def _record(
-    source: Source,
-    paths: Sequence[Path],
-    out: Path,
-    config: RecordsConfig,
-    options: CollectOptions,
-    known: set[int],
-    number: int,
-    collected: Collected,
-    console: Console,
-) -> None:
-    """Run every window that is not in ``known`` and write shards from ``number`` on; adds to ``known``."""
-    with Progress(*_columns("recording"), console=console) as progress:
-        total = options.max_tokens or sum(path.stat().st_size for path in paths)
-        bar = progress.add_task("", total=total, rate="")
-        started = progress.get_time()
-
-        def windows() -> Iterator[Window]:
-            taken = 0
-            for record, size in _in_turns([sized_records(path) for path in paths]):
-                whole = tokenize(record, source.tokenizer)
-                if max(whole.ids, default=0) >= config.vocab_size:
-                    raise EarlyExitError(
-                        f"the tokenizer speaks of token {max(whole.ids)} and the model has {config.vocab_size}: "
-                        "it is another model's tokenizer"
-                    )
-                for window in cut(whole, options.window):
-                    key = window_key(window)[1]
-                    if key not in known:
-                        known.add(key)
-                        yield window
-                        taken += len(window.ids)
-                        if options.max_tokens is not None and taken >= options.max_tokens:
-                            return
-                if options.max_tokens is None:
-                    progress.advance(bar, size)
-
-        for group in grouped(windows(), options.shard_tokens):
-            write_shard(out, number, config, source.observe(group))
-            number += 1
-            tokens = sum(len(window.ids) for window in group)
-            collected.tokens += tokens
-            collected.seconds = progress.get_time() - started
-            progress.update(bar, rate=f"{collected.tokens / collected.seconds:.0f} tokens/s")
-            if options.max_tokens is not None:
-                progress.advance(bar, tokens)

@@ -16,19 +16,21 @@ class Window:
         ids: Token ids.
         scored: For each token, whether what follows it is learned: all of a text, only the answers of a conversation.
         document: What the stretch is from; documents as a whole are trained on or held out.
+        start: Where in the record it begins.
     """
 
     ids: list[int]
     scored: list[bool]
     document: str = ""
+    start: int = 0
 
 
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Window:
     """Return one record as a single window; conversations go through the tokenizer's chat template."""
     document = str(record["id"])
     if "ids" in record:  # the model's own answer, tokens as it said them
-        said, start = record["ids"], record["answer_start"]
-        return Window(said, [start - 1 <= n < len(said) - 1 for n in range(len(said))], document)
+        said, first = record["ids"][:-1], record["answer_start"] - 1  # nobody knows what follows the last token
+        return Window(said, [n >= first for n in range(len(said))], document)
     if "text" in record:
         text = tokenizer(record["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return Window(text, [True] * len(text), document)
@@ -55,7 +57,8 @@ def as_messages(turns: list[str]) -> list[dict[str, str]]:
 def cut(whole: Window, length: int) -> Iterator[Window]:
     """Yield the stretches of at most ``length`` tokens in which there is something to learn."""
     for start in range(0, len(whole.ids), length):
-        part = Window(whole.ids[start : start + length], whole.scored[start : start + length], whole.document)
+        end = start + length
+        part = Window(whole.ids[start:end], whole.scored[start:end], whole.document, start)
         if sum(part.scored) >= LEAST_SCORED:
             yield part
 

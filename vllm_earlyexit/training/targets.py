@@ -26,12 +26,17 @@ def top_targets(
     for rows in final.split(ROWS):
         if not len(rows):
             continue
-        logits = unembed(rows)
-        values, indices = _top(logits, top_k)
-        log_total = logits.float().logsumexp(dim=-1, keepdim=True)
-        ids.append(indices.to(torch.int32).cpu())
-        p.append((values.float() - log_total).exp().to(torch.float16).cpu())
+        some_ids, some_p = top_of(unembed(rows), top_k)
+        ids.append(some_ids)
+        p.append(some_p)
     return torch.cat(ids), torch.cat(p)
+
+
+def top_of(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``top_targets`` does, given logits [num_tokens, vocab_size]."""
+    values, indices = _top(logits, top_k)
+    log_total = logits.float().logsumexp(dim=-1, keepdim=True)
+    return indices.to(torch.int32).cpu(), (values.float() - log_total).exp().to(torch.float16).cpu()
 
 
 def _top(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
