@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 BLOCK = 64
 ROWS = 512
+CACHED_ROWS = 8
 
 
 def top_targets(
@@ -35,8 +36,11 @@ def top_targets(
 def top_of(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what ``top_targets`` does, given logits [num_tokens, vocab_size]."""
     values, indices = _top(logits, top_k)
-    log_total = logits.float().logsumexp(dim=-1, keepdim=True)
-    return indices.to(torch.int32).cpu(), (values.float() - log_total).exp().to(torch.float16).cpu()
+    largest = values[:, :1].float()
+    # A few rows at a time stay in a CPU's cache, which makes this several times as fast.
+    parts = zip(logits.split(CACHED_ROWS), largest.split(CACHED_ROWS), strict=True)
+    total = torch.cat([(rows.float() - most).exp_().sum(dim=-1, keepdim=True) for rows, most in parts])
+    return indices.to(torch.int32).cpu(), ((values.float() - largest).exp() / total).to(torch.float16).cpu()
 
 
 def _top(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
