@@ -1,0 +1,60 @@
+"""Prompts about code to train a code model's heads on: functions of Python's standard library, to be completed.
+
+python -m benchmarks.code_prompts --out FILE.jsonl
+"""
+
+import ast
+import json
+import random
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ASKED = (
+    "Write the body of this Python function.\n\n```python\n{}\n```",
+    "Implement the function below.\n```python\n{}\n```",
+    "{}\n\nFinish this function and explain how it works.",
+    "Can you write this function for me? Only code please.\n\n{}",
+)
+LONGEST = 1200
+
+
+def functions(source: str) -> Iterator[str]:
+    """Yield signature and docstring of every documented function of a module."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and len(ast.get_docstring(node) or "") > 40:
+            last = node.body[0].end_lineno
+            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : last]))
+            if text.isascii() and len(text) <= LONGEST:
+                yield text
+
+
+def main(out: Annotated[Path, typer.Option()]) -> None:
+    """Write one prompt for every documented function of this Python's standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = str(path.relative_to(root))
+        if name.startswith(("site-packages", "test/", "idlelib", "lib2to3/tests")):
+            continue
+        try:
+            for number, text in enumerate(functions(path.read_text(encoding="utf-8"))):
+                found.setdefault(text, f"{name}:{number}")
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+    prompts = [
+        {"id": where, "turns": [ASKED[n % len(ASKED)].format(text)]} for n, (text, where) in enumerate(found.items())
+    ]
+    random.Random(0).shuffle(prompts)  # so that the first so many are a mixture
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    print(f"{len(prompts)} prompts in {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
