@@ -96,13 +96,16 @@ def train(
     top_k: Annotated[int | None, typer.Option(help="Use so many of the recorded target probabilities.")] = None,
     epochs: int = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about so many scored tokens.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; by default 0.5 / the model's hidden size.")
     ] = None,
     patience: Annotated[int, typer.Option(help="Stop after so many measurements without improvement.")] = 3,
     held_out: Annotated[float, typer.Option(help="Share of the documents never trained on.")] = 0.03,
     deep_keys: Annotated[bool, typer.Option(help="Off for ablation: hide the last layer's keys and values.")] = True,
+    start_from: Annotated[
+        str | None, typer.Option(help="Heads of the same model to go on from, at these exits or other recorded ones.")
+    ] = None,
     deterministic: Annotated[bool, typer.Option(help="Use only deterministic algorithms.")] = False,
     storage: Annotated[Storage, typer.Option(help="How weights are stored.")] = "bfloat16",
     seed: int = 0,
@@ -126,6 +129,7 @@ def train(
         patience=patience,
         held_out=held_out,
         deep_keys=deep_keys,
+        start_from=start_from,
         deterministic=deterministic,
         storage=storage,
         seed=seed,

@@ -89,18 +89,25 @@ def test_vllm_records_what_transformers_records(
     model: Path, text: Path, records: Path, tmp_path: Path, eager: tuple[str, ...]
 ):
     run("collect", model, "--data", text, "--out", tmp_path / "served", "--exit-layer", "2", *eager)
-    by_window: list[dict[int, Batch]] = []
-    for folder in (records, tmp_path / "served"):
-        opened = Records([folder])
-        shard = opened.shards[0]
-        keys = shard.windows[:, 1].tolist()
-        by_window.append({key: shard.read(n, n + 1) for n, key in enumerate(keys)})
-    reference, served = by_window
-    assert reference.keys() == served.keys()
+    reference, served = by_window(records), by_window(tmp_path / "served")
     assert len(served) == 150
+    check_same(reference, served)
+
+
+def by_window(folder: Path) -> dict[int, Batch]:
+    return {
+        key: shard.read(n, n + 1)
+        for shard in Records([folder]).shards
+        for n, key in enumerate(shard.windows[:, 1].tolist())
+    }
+
+
+def check_same(reference: dict[int, Batch], other: dict[int, Batch]) -> None:
+    """Two ways of recording saw the same."""
+    assert reference.keys() == other.keys()
     same = total = 0
     for key, here in reference.items():
-        there = served[key]
+        there = other[key]
         assert torch.equal(here.ids, there.ids)
         assert torch.equal(here.scored, there.scored)
         for a, b in [(here.final, there.final), *((here.hidden[n], there.hidden[n]) for n in (2, 3))]:
@@ -144,13 +151,17 @@ def test_answers_are_the_models_own(model: Path, tmp_path: Path):
             greedy += list(llm.generate(inputs, params, use_tqdm=False)[0].outputs[0].token_ids) == said
     assert greedy >= 10  # three in four are greedy; bfloat16 may part at near ties
 
+    on_the_way = by_window(out)
+
     # A killed run: the last answer is half a line, and one shard is missing.
     data = (out / "answers.jsonl").read_bytes()
     (out / "answers.jsonl").write_bytes(data[:-20])
     next(out.glob("shard-*")).unlink()
     assert "1 answers and" in run(*collect)
     assert len((out / "answers.jsonl").read_text().splitlines()) == 16
-    assert sum(len(shard.lengths) for shard in Records([out]).shards) == 16
+    prefilled = by_window(out)
+    assert len(prefilled) == 16
+    check_same(on_the_way, prefilled)
 
 
 def test_collecting_goes_on_where_it_stopped(model: Path, text: Path, tmp_path: Path):
@@ -264,6 +275,36 @@ def test_training_fits_into_the_memory_it_states(model: Path, records: Path, tmp
     assert said is not None
     assert float(said[1]) * 1e9 >= 1.5e9
     assert trained(0.2e9).returncode != 0  # the limit is one
+
+
+def test_training_goes_on_from_trained_heads(model: Path, text: Path, records: Path, tmp_path: Path):
+    cuts = ("--exit-layer", "1", "--exit-layer", "2")
+    both = tmp_path / "records"
+    run("collect", model, "--engine", "transformers", "--data", text, "--out", both, *cuts)
+    trained = tmp_path / "trained"
+    run("train", model, "--records", both, "--out", trained, "--exit-layer", "2", *QUICK, "--epochs", "6")
+
+    def first(name: str, *start: str | Path) -> dict[str, list[float]]:
+        out = tmp_path / name
+        run("train", model, "--records", both, "--out", out, *cuts, *QUICK, "--max-tokens", "300", *start)
+        return read_config(out).provenance["curve"][0]["agreement"]
+
+    afresh, onwards = first("afresh"), first("onwards", "--start-from", trained)
+    agreed = read_config(trained).provenance["curve"][-1]["agreement"]["recurrent-2"]
+    assert onwards["recurrent-2"] == pytest.approx(agreed, abs=0.02)  # stored in bfloat16
+    assert onwards["recurrent-1"][0] > afresh["recurrent-1"][0] + 0.02
+
+    start = ("--records", both, "--out", tmp_path / "no", "--start-from", trained)
+    assert "train this kind and width" in run("train", model, *start, *QUICK, "--kind", "tail", code=2)
+    assert "no hidden states after layer 2" in run(
+        "train", model, "--records", _one_cut(model, text, tmp_path), *start[2:], *QUICK, code=2
+    )
+
+
+def _one_cut(model: Path, text: Path, folder: Path) -> Path:
+    out = folder / "one-cut"
+    run("collect", model, "--engine", "transformers", "--data", text, "--out", out, "--exit-layer", "1")
+    return out
 
 
 def test_a_loss_that_is_not_a_number_is_said(

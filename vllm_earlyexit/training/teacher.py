@@ -1,5 +1,6 @@
 """The frozen base model in transformers: the parts that heads lean on, and what the full model computes."""
 
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def compute_dtype(device: str) -> torch.dtype:
     if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
     return torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A head that was trained before, and where it sits."""
+
+    module: nn.Module
+    exit_layer: int
 
 
 class PackedLastLayer:
@@ -161,19 +170,34 @@ class Teacher:
         """Return lm_head's rows for the draft vocabulary, [draft_vocab_size, hidden_size]."""
         return self.lm_head.weight if draft_vocab is None else self.lm_head.weight[draft_vocab.to(self.device)]
 
-    def start(self, head: nn.Module, exit_layer: int, batch: Batch) -> None:
-        """Start a head close to the model: its bridge by least squares on ``batch``, its layer as the last layer.
+    def start(self, head: nn.Module, exit_layer: int, batch: Batch, like: "Trained | None" = None) -> None:
+        """Start a head close to the model, or to a trained head of the same kind.
 
-        The bridge of a head that attends predicts the last layer's input; otherwise it predicts the full model's
-        features, that is the final hidden state before the final norm's weight.
+        Without the latter, the layer of a head that attends starts as the last layer, and its bridge predicts by
+        least squares on ``batch`` the last layer's input; the bridge of any other head predicts the full model's
+        features, that is the final hidden state before the final norm's weight. With it, all weights are its, and
+        if it sits at another exit, the bridge predicts what its own makes of the hidden states there.
         """
-        if isinstance(head, TailHead):
+        if like is not None:
+            head.load_state_dict(like.module.state_dict())
+            if like.exit_layer == exit_layer or not hasattr(head, "bridge"):
+                return
+            with torch.no_grad():
+                target = like.module.get_submodule("bridge")(batch.hidden[like.exit_layer].float())
+                if isinstance(like.module, TailHead) and like.module.recurrence is not None:
+                    target += like.module.recurrence(shifted(batch.final, first_tokens(batch)).float())
+        elif isinstance(head, TailHead):
             self._copy_last_layer(head)
             target = batch.hidden[self.num_layers - 1]
         elif isinstance(head, LinearHead | MLPHead):
             target = batch.final / self.norm.get_parameter("weight")
         else:
             return
+        self._fit_bridge(head, exit_layer, batch, target)
+
+    def _fit_bridge(self, head: nn.Module, exit_layer: int, batch: Batch, target: torch.Tensor) -> None:
+        """Set a head's bridge, and the map of the token before, to what best predicts ``target`` (ridge regression)."""
+        assert isinstance(head, TailHead | LinearHead | MLPHead)
         inputs, first = [batch.hidden[exit_layer].float()], first_tokens(batch)
         recurrence = head.recurrence if isinstance(head, TailHead) else None
         if recurrence is not None:

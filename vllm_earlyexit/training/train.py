@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, LossName, Storage
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, LossName, Storage, load_heads
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
 from vllm_earlyexit.training.classroom import Classroom, Students, agreement, frequent_tokens
@@ -25,7 +25,7 @@ from vllm_earlyexit.training.losses import LOSSES, Target
 from vllm_earlyexit.training.packs import Packs, Records, on_device
 from vllm_earlyexit.training.plots import learning_curve
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
-from vllm_earlyexit.training.teacher import Teacher
+from vllm_earlyexit.training.teacher import Teacher, Trained
 
 DRAFT_STEPS = (0, 1, 0, 2, 0, 3)
 """Draft steps that are trained, batch by batch in turn: the first one most, because every draft passes it."""
@@ -55,6 +55,7 @@ class TrainingOptions:
         patience: Stop after so many measurements without improvement.
         held_out: Share of the documents that is never trained on.
         deep_keys: Whether heads see the full model's keys and values of verified tokens (off for ablation only).
+        start_from: Folder of heads of the same model to start from, at the same exits or at others that were recorded.
         storage: How weights are stored.
         deterministic: Use only deterministic algorithms.
         seed: Of everything random.
@@ -67,13 +68,14 @@ class TrainingOptions:
     top_k: int | None = None
     epochs: int = 1
     max_tokens: int | None = None
-    batch_tokens: int = 2048
+    batch_tokens: int = 512
     learning_rate: float | None = None
     warmup: float = 0.1
     evaluations: int = 8
     patience: int = 3
     held_out: float = 0.03
     deep_keys: bool = True
+    start_from: str | None = None
     storage: Storage = "bfloat16"
     deterministic: bool = False
     seed: int = 0
@@ -124,7 +126,7 @@ def train_heads(
     )
     classroom = Classroom.of(teacher, draft_vocab, options.deep_keys)
     torch.manual_seed(options.seed)
-    students = _start(classroom, layers, train, options).to(device)
+    students = _start(classroom, layers, opened, options).to(device)
     console.print(_statement(teacher, students, train, options), soft_wrap=True)
     measured = held_out.limited(MEASURED_TOKENS)
     fitted = _fit(classroom, students, train, measured, out, options, training_identity(opened, layers, options))
@@ -169,19 +171,55 @@ def _check(
     return layers
 
 
-def _start(classroom: Classroom, layers: Sequence[int], train: Packs, options: TrainingOptions) -> Students:
-    """Return heads that start close to the model, see ``Teacher.start``."""
+def _start(classroom: Classroom, layers: Sequence[int], records: Records, options: TrainingOptions) -> Students:
+    """Return heads that start close to the model or to ``options.start_from``, see ``Teacher.start``."""
     teacher, students = classroom.teacher, Students()
+    known = _known_heads(records.config, options)
+    read = tuple(sorted({*layers, *(known.modules if known else ()), teacher.num_layers - 1}))
+    packs = records.packs(options.batch_tokens, read, options.held_out, False)
     first: list[Batch] = []
-    while len(first) < len(train) and sum(len(batch.ids) for batch in first) < START_TOKENS:
-        first.append(train[len(first)])
+    while len(first) < len(packs) and sum(len(batch.ids) for batch in first) < START_TOKENS:
+        first.append(packs[len(first)])
     sample = concatenate(first)
     for kind in options.kinds:
         for layer in layers:
             head = build_head(kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
-            teacher.start(head, layer, sample)
+            teacher.start(head, layer, sample, None if known is None else _nearest(known, kind, layer))
             students[Students.key(kind, layer)] = head
     return students
+
+
+def _known_heads(config: RecordsConfig, options: TrainingOptions) -> Heads | None:
+    """Return the heads to start from.
+
+    Raises:
+        EarlyExitError: they are another model's, of another kind or width, or at an exit that was not recorded.
+    """
+    if options.start_from is None:
+        return None
+    known = load_heads(Path(options.start_from))
+    if known.config.fingerprint != config.fingerprint:
+        raise EarlyExitError(
+            f"the heads in {options.start_from} are of {known.config.base_model!r}, not of {config.base_model!r}"
+        )
+    for exit_config in known.config.exits:
+        if exit_config.kind not in options.kinds or exit_config.intermediate_size not in (0, options.intermediate_size):
+            raise EarlyExitError(
+                f"the heads in {options.start_from} are of kind {exit_config.kind}, width "
+                f"{exit_config.intermediate_size}; train this kind and width to start from them"
+            )
+    if missing := set(known.modules) - set(config.exit_layers):
+        raise EarlyExitError(
+            f"the records have no hidden states after layer {min(missing)}, where the heads in {options.start_from} sit"
+        )
+    return known
+
+
+def _nearest(known: Heads, kind: HeadKind, exit_layer: int) -> Trained | None:
+    """Return the known head of ``kind`` whose exit is nearest."""
+    same = [e.exit_layer for e in known.config.exits if e.kind == kind]
+    at = min(same, key=lambda layer: abs(layer - exit_layer), default=None)
+    return None if at is None else Trained(known.modules[at], at)
 
 
 def _statement(teacher: Teacher, students: Students, train: Packs, options: TrainingOptions) -> str:
