@@ -6,14 +6,18 @@ OWN and TEXT are records of the model's own answers and of raw text, TEST of gre
 is measured on TEST, which nothing is chosen by.
 """
 
-import shutil
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from benchmarks.results import write_result
@@ -33,12 +37,15 @@ class Row:
     options: TrainingOptions
     data: tuple[str, ...] = ("own",)
     seeds: tuple[int, ...] = (0,)
+    exit_layer: int | None = None
 
 
 def rows(tokens: int) -> Iterator[Row]:
     """Yield the table's rows; those that decide the default run with three seeds."""
     base = TrainingOptions(max_tokens=tokens, epochs=100, evaluations=1, patience=100, held_out=0.005)
-    yield Row("recurrent, KL, own answers, 16384 tokens", base, seeds=SEEDS)
+    yield Row("recurrent, KL, own answers, draft vocabulary 16384, steps of 512 tokens", base, seeds=SEEDS)
+    yield Row("exit after layer 4", base, exit_layer=4)
+    yield Row("steps of 2048 tokens", replace(base, batch_tokens=2048))
     yield Row("kind: tail", replace(base, kinds=("tail",)), seeds=SEEDS)
     yield Row("kind: mlp", replace(base, kinds=("mlp",)))
     yield Row("kind: linear", replace(base, kinds=("linear",)))
@@ -56,6 +63,38 @@ def rows(tokens: int) -> Iterator[Row]:
     yield Row("target probabilities: 8", replace(base, top_k=8))
 
 
+@dataclass(frozen=True)
+class Task:
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+    model: str
+    records: list[Path]
+    test: Path
+    exit_layer: int
+    test_tokens: int
+
+
+def run(task: Task) -> tuple[list[float], float, int]:
+    """Train and measure; return agreement per draft position, coverage of the draft vocabulary, and seconds."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        work, layer = Path(folder), task.exit_layer
+        heads = train_heads(task.model, task.records, work, [layer], replace(task.row.options, seed=task.seed))
+        seconds = round(time.monotonic() - started)
+        traces, _ = trace_heads(
+            model_folder(task.model),
+            load_heads(work),
+            [task.test],
+            every_document=True,
+            tokens=task.test_tokens,
+            device="cpu",
+        )
+    coverage = next(iter(heads.values())).config.provenance["draft_vocab_coverage"]
+    return [trace.agreement for trace in traces[layer]], coverage, seconds
+
+
 def main(
     model: str,
     own: Annotated[Path, typer.Option()],
@@ -66,37 +105,30 @@ def main(
     tokens: Annotated[int, typer.Option(help="Scored tokens that every row is trained on.")] = 100_000,
     test_tokens: Annotated[int, typer.Option()] = 12_000,
     only: Annotated[str, typer.Option(help="Run rows whose name contains this.")] = "",
-    work: Annotated[Path, typer.Option()] = Path("build/ablation"),
+    jobs: Annotated[int, typer.Option(help="Rows at a time, each on its share of the cores.")] = 1,
 ) -> None:
     """Train every row and measure it."""
     folders = {"own": own, "text": text}
-    table = []
-    for row in rows(tokens):
-        if only not in row.name:
-            continue
-        agreed, seconds = [], []
-        for seed in row.seeds:
-            shutil.rmtree(work, ignore_errors=True)
-            started = time.monotonic()
-            records = [folders[name] for name in row.data]
-            heads = train_heads(model, records, work, [exit_layer], replace(row.options, seed=seed))
-            seconds.append(round(time.monotonic() - started))
-            traces, _ = trace_heads(
-                model_folder(model), load_heads(work), [test], every_document=True, tokens=test_tokens, device="cpu"
+    chosen = [row for row in rows(tokens) if only in row.name]
+    tasks = [
+        Task(row, seed, model, [folders[name] for name in row.data], test, row.exit_layer or exit_layer, test_tokens)
+        for row in chosen
+        for seed in row.seeds
+    ]
+    table: dict[str, dict[str, Any]] = {}
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for task, (agreed, coverage, seconds) in zip(tasks, pool.map(run, tasks), strict=True):
+            line = table.setdefault(
+                task.row.name,
+                {"row": task.row.name, "agreement_per_seed": [], "draft_vocab_coverage": coverage, "seconds": []},
             )
-            agreed.append([trace.agreement for trace in traces[exit_layer]])
-            provenance = next(iter(heads.values())).config.provenance
-        table.append(
-            {
-                "row": row.name,
-                "agreement": [round(statistics.mean(values), 4) for values in zip(*agreed, strict=True)],
-                "agreement_per_seed": agreed,
-                "draft_vocab_coverage": provenance["draft_vocab_coverage"],
-                "seconds": seconds,
-            }
-        )
-        measured = {"exit_layer": exit_layer, "scored_tokens": tokens, "test_tokens": test_tokens, "rows": table}
-        write_result(out, "ablation", measured)
+            line["agreement_per_seed"].append(agreed)
+            line["seconds"].append(seconds)
+            each = zip(*line["agreement_per_seed"], strict=True)
+            line["agreement"] = [round(statistics.mean(values), 4) for values in each]
+            shape = {"exit_layer": exit_layer, "scored_tokens": tokens, "test_tokens": test_tokens, "jobs": jobs}
+            write_result(out, "ablation", shape | {"rows": list(table.values())})
 
 
 if __name__ == "__main__":
