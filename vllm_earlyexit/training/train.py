@@ -43,7 +43,7 @@ class TrainingOptions:
     Attributes:
         kinds: Kinds of head; all of them are trained at every exit, from the same batches.
         intermediate_size: Width of the MLPs of ``mlp``, ``tail`` and ``recurrent``.
-        draft_vocab_size: Most frequent tokens that can be drafted; 0 for all.
+        draft_vocab_size: Most frequent tokens that can be drafted; 0 for all. Heads to start from bring their own.
         loss: Name of the loss.
         top_k: Use so many of the recorded target probabilities; None for all.
         epochs: Passes over the records.
@@ -121,12 +121,17 @@ def train_heads(
         )
     teacher = Teacher(folder, device)
     options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE / teacher.hidden_size)
-    draft_vocab = frequent_tokens(
-        opened.choices(options.held_out, False), options.draft_vocab_size, opened.config.vocab_size
+    known = _known_heads(opened.config, options)
+    draft_vocab = (
+        known.draft_vocab
+        if known is not None
+        else frequent_tokens(
+            opened.choices(options.held_out, False), options.draft_vocab_size, opened.config.vocab_size
+        )
     )
     classroom = Classroom.of(teacher, draft_vocab, options.deep_keys)
     torch.manual_seed(options.seed)
-    students = _start(classroom, layers, opened, options).to(device)
+    students = _start(classroom, layers, opened, known, options).to(device)
     console.print(_statement(teacher, students, train, options), soft_wrap=True)
     measured = held_out.limited(MEASURED_TOKENS)
     fitted = _fit(classroom, students, train, measured, out, options, training_identity(opened, layers, options))
@@ -171,10 +176,11 @@ def _check(
     return layers
 
 
-def _start(classroom: Classroom, layers: Sequence[int], records: Records, options: TrainingOptions) -> Students:
-    """Return heads that start close to the model or to ``options.start_from``, see ``Teacher.start``."""
+def _start(
+    classroom: Classroom, layers: Sequence[int], records: Records, known: Heads | None, options: TrainingOptions
+) -> Students:
+    """Return heads that start close to the model, or to ``known`` ones; see ``Teacher.start``."""
     teacher, students = classroom.teacher, Students()
-    known = _known_heads(records.config, options)
     read = tuple(sorted({*layers, *(known.modules if known else ()), teacher.num_layers - 1}))
     packs = records.packs(options.batch_tokens, read, options.held_out, False)
     first: list[Batch] = []
@@ -240,7 +246,7 @@ def memory_needed(teacher: Teacher, students: Students, options: TrainingOptions
     """
     base = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     heads = sum(p.numel() for p in students.parameters())
-    drafted = options.draft_vocab_size or teacher.vocab_size
+    drafted = min(options.draft_vocab_size or teacher.vocab_size, teacher.vocab_size)
     logits = options.batch_tokens * drafted * (2 + 4 + 4 + 4 + 2)
     activations = options.batch_tokens * (20 * teacher.hidden_size + 8 * options.intermediate_size) * 4
     return 1_000_000_000 + base + heads * 24 + len(students) * (logits + activations)
