@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.errors import EarlyExitError
@@ -29,9 +29,13 @@ class Knobs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: Annotated[str | None, Field(description="heads: a folder or a Hub id")] = None
-    exit_layer: Annotated[int | None, Field(gt=0, description="layers to run before drafting from the exit head")] = (
-        None
-    )
+    exit_layer: Annotated[
+        PositiveInt | tuple[PositiveInt, ...] | None,
+        Field(
+            description="layers to run before drafting from the exit head; several, for policies 'auto' and 'entropy': "
+            "a token that is unsure at one is taken on to the next"
+        ),
+    ] = None
     num_speculative_tokens: Annotated[int | None, Field(gt=0, le=MAX_DRAFT_LENGTH, description="longest draft")] = None
     policy: Annotated[
         PolicyName | None,
@@ -55,10 +59,10 @@ class EarlyExitConfig:
 
     Attributes:
         heads: Folder of the heads checkpoint; None for the shared head.
-        exit_layers: Layers run before each exit that may be drafted from, rising; all but ``auto`` have one.
+        exit_layers: Layers run before each exit that may be drafted from, rising.
         num_speculative_tokens: Longest draft.
         policy: ``auto``, ``entropy`` or ``fixed``.
-        entropy_threshold: Nats; the entropy policy drafts a token while its entropy is at most this.
+        entropy_thresholds: Nats, one for each exit; the entropy policy drafts a token whose entropy is at most this.
         head_shape: What of the heads shapes their compiled graphs.
     """
 
@@ -66,7 +70,7 @@ class EarlyExitConfig:
     exit_layers: tuple[int, ...]
     num_speculative_tokens: int
     policy: PolicyName
-    entropy_threshold: float | None
+    entropy_thresholds: tuple[float, ...] = ()
     head_shape: str = "shared"
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None) -> EarlyExitC
     """
     folder = model_folder(model, revision)
     num_layers = int(text_config(folder).get("num_hidden_layers", 0))
-    if knobs.exit_layer is not None and knobs.exit_layer >= num_layers:
+    if max(_asked_layers(knobs), default=0) >= num_layers:
         raise EarlyExitError(
             f"self-exit: exit_layer={knobs.exit_layer} is beyond the stack; this model has {num_layers} layers, "
             f"choose 1 to {num_layers - 1}"
@@ -180,43 +184,54 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None) -> EarlyExitC
     return _resolve_trained(knobs, heads, where)
 
 
+def _asked_layers(knobs: Knobs) -> tuple[int, ...]:
+    """Return the exit layers that the user names, rising; possibly none."""
+    asked = () if knobs.exit_layer is None else knobs.exit_layer
+    return (asked,) if isinstance(asked, int) else tuple(sorted(set(asked)))
+
+
 def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
     if knobs.model is not None:
         raise EarlyExitError("self-exit: head='shared' uses no trained heads; drop either 'model' or 'head'")
-    if knobs.exit_layer is None:
+    layers = _asked_layers(knobs)
+    if not layers:
         raise EarlyExitError("self-exit: head='shared' needs exit_layer, since there is no calibration to choose it")
     if knobs.policy in ("auto", "entropy") or knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: head='shared' is not calibrated; use policy='fixed' without target_accuracy")
-    draft_length = knobs.num_speculative_tokens or DEFAULT_DRAFT_LENGTH
-    return EarlyExitConfig(None, (knobs.exit_layer,), draft_length, "fixed", None)
+    _check_one(layers, "fixed")
+    return EarlyExitConfig(None, layers, knobs.num_speculative_tokens or DEFAULT_DRAFT_LENGTH, "fixed")
+
+
+def _check_one(layers: tuple[int, ...], policy: str) -> None:
+    if policy == "fixed" and len(layers) > 1:
+        raise EarlyExitError("self-exit: policy='fixed' drafts from one exit; give one exit_layer")
 
 
 def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
     best = heads.recommended
-    exit_layer = knobs.exit_layer
-    if exit_layer is None:
-        exit_layer = best.exit_layer if best else heads.exits[0].exit_layer
-    calibration = heads.exit(exit_layer).calibration
-    mapped = calibration is not None and bool(calibration.positions)
-    policy = knobs.policy or _default_policy(knobs, calibrated=calibration is not None, mapped=mapped)
+    layers = _asked_layers(knobs) or (best.exit_layer if best else heads.exits[0].exit_layer,)
+    exits = [heads.exit(layer) for layer in layers]
+    calibrated = all(e.calibration is not None for e in exits)
+    mapped = all(e.calibration is not None and e.calibration.positions for e in exits)
+    policy = knobs.policy or _default_policy(knobs, calibrated=calibrated, mapped=mapped)
+    _check_one(layers, policy)
     length = best.num_speculative_tokens if best and policy != "auto" else DEFAULT_DRAFT_LENGTH
     draft_length = knobs.num_speculative_tokens or length
     if policy != "entropy" and knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
-    if (policy == "entropy" and calibration is None) or (policy == "auto" and not mapped):
+    if (policy == "entropy" and not calibrated) or (policy == "auto" and not mapped):
         raise EarlyExitError(
             f"self-exit: the heads in {where} are not calibrated; run 'vllm-earlyexit calibrate' or use policy='fixed'"
         )
-    threshold = None
+    thresholds: tuple[float, ...] = ()
     if policy == "entropy":
-        assert calibration is not None
-        threshold = calibration.threshold(knobs.target_accuracy or (best.target_accuracy if best else 0.7))
-    exits = [heads.exit(exit_layer)]
+        accuracy = knobs.target_accuracy or (best.target_accuracy if best else 0.7)
+        thresholds = tuple(e.calibration.threshold(accuracy) for e in exits if e.calibration is not None)
     if policy == "auto" and knobs.exit_layer is None:
         exits = [e for e in heads.exits if e.calibration is not None and e.calibration.positions]
     shape = ", ".join(f"{e.kind} {e.intermediate_size} {heads.draft_vocab_size}" for e in exits)
     layers = tuple(e.exit_layer for e in exits)
-    return EarlyExitConfig(str(where.resolve()), layers, draft_length, policy, threshold, shape)
+    return EarlyExitConfig(str(where.resolve()), layers, draft_length, policy, thresholds, shape)
 
 
 def _default_policy(knobs: Knobs, *, calibrated: bool, mapped: bool) -> PolicyName:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from tests.engine.conftest import counters, engine, runner_of
+from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.engine.models import Segment
+from vllm_earlyexit.heads.checkpoint import read_config
+from vllm_earlyexit.heads.fingerprint import fingerprint
 
 NOISE = 1e-4
 PROMPTS = 5
@@ -53,11 +56,23 @@ class Fed:
         monkeypatch.setattr(Segment, "__call__", counting)
 
 
-@pytest.mark.parametrize("chunk", [2048, 40], ids=["decode-only", "mixed with prefill chunks"])
-def test_resumed_kv_is_that_of_a_whole_forward(smollm2: Path, prompts: list[str], chunk: int):
+FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+LADDER = {"method": "self_exit", "policy": "entropy", "num_speculative_tokens": 3, "target_accuracy": 0.8}
+
+
+def ladder(model: Path) -> dict[str, Any]:
+    return LADDER | {"exit_layer": [e.exit_layer for e in read_config(shipped_heads(fingerprint(model))).exits]}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "laddered"),
+    [(2048, False), (40, False), (40, True)],
+    ids=["decode-only", "mixed with prefill chunks", "mixed, ladder of exits"],
+)
+def test_resumed_kv_is_that_of_a_whole_forward(smollm2: Path, prompts: list[str], chunk: int, laddered: bool):
     from vllm import SamplingParams
 
-    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+    setting = ladder(smollm2) if laddered else FIXED
     arguments = {"enable_prefix_caching": False, "max_num_batched_tokens": chunk, "block_size": BLOCK}
     with engine(smollm2, speculative_config=setting, **arguments) as llm:
         watch = Snapshots(runner_of(llm))
@@ -81,10 +96,11 @@ def test_resumed_kv_is_that_of_a_whole_forward(smollm2: Path, prompts: list[str]
         assert beyond_prompt >= PROMPTS  # blocks in which every token was drafted or verified
 
 
-def test_nothing_is_computed_twice(smollm2: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("laddered", [False, True], ids=["one exit", "ladder of exits"])
+def test_nothing_is_computed_twice(smollm2: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, laddered: bool):
     from vllm import SamplingParams
 
-    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+    setting = ladder(smollm2) if laddered else FIXED
     with engine(smollm2, speculative_config=setting, enable_prefix_caching=False) as llm:
         fed = Fed(monkeypatch)
         messages: list[Any] = [[{"role": "user", "content": p}] for p in prompts[:PROMPTS]]
@@ -92,7 +108,7 @@ def test_nothing_is_computed_twice(smollm2: Path, prompts: list[str], monkeypatc
         counted = counters(llm)
     verified = sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for o in outputs)
     rejected = counted["draft_tokens"] - counted["accepted_tokens"]
-    assert len(fed.tokens) > 1
+    assert len(fed.tokens) == (3 if laddered else 2)
     for count in fed.tokens.values():  # tokens accepted past the end of an answer are verified and thrown away
         assert verified + rejected <= count <= verified + rejected + 3 * PROMPTS
     assert len(set(fed.tokens.values())) == 1
@@ -101,9 +117,8 @@ def test_nothing_is_computed_twice(smollm2: Path, prompts: list[str], monkeypatc
 def test_pending_states_are_bounded(smollm2: Path, prompts: list[str]):
     from vllm import SamplingParams
 
-    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
     sizes = []
-    with engine(smollm2, speculative_config=setting, max_num_seqs=3) as llm:
+    with engine(smollm2, speculative_config=FIXED, max_num_seqs=3) as llm:
         runner = runner_of(llm)
         forward = runner.drafter.forward
 

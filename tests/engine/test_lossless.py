@@ -10,7 +10,10 @@ import torch
 
 from tests.engine.conftest import counters, engine, runner_of
 from tests.engine.heads import random_heads
+from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.engine.cost import StepTimes
+from vllm_earlyexit.heads.checkpoint import read_config
+from vllm_earlyexit.heads.fingerprint import fingerprint
 
 MAX_TOKENS = 64
 CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
@@ -102,6 +105,26 @@ def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: s
     assert counted["draft_tokens"] > counted["accepted_tokens"], "nothing was rejected, so nothing was shown"
     if policy == "fixed" and length > 1:
         assert counted["draft_tokens"] > 2 * counted["drafts"]
+
+
+def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference):
+    """Tokens that are unsure at the first exit are taken on to the second one with all that is pending."""
+    exits = [e.exit_layer for e in read_config(shipped_heads(fingerprint(smollm2))).exits]
+    setting = {"method": "self_exit", "policy": "entropy", "exit_layer": exits, "num_speculative_tokens": 4}
+    with engine(smollm2, speculative_config=setting | {"target_accuracy": 0.8}) as llm:
+        drafter = runner_of(llm).drafter.drafter
+        lifted, lift = 0, drafter._lift
+
+        def counting(*arguments: Any) -> Any:
+            nonlocal lifted
+            lifted += 1
+            return lift(*arguments)
+
+        drafter._lift = counting
+        for batch_size in (8, 1):
+            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        assert counters(llm)["accepted_tokens"] > 0
+    assert lifted > 100
 
 
 def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):

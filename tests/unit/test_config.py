@@ -89,7 +89,7 @@ def test_open_knobs_come_from_the_recommendation(model: Path, heads: Path):
         exit_layers=(2,),
         num_speculative_tokens=3,
         policy="entropy",
-        entropy_threshold=1.5,
+        entropy_thresholds=(1.5,),
         head_shape="mlp 16 5",
     )
 
@@ -100,7 +100,7 @@ def cache_key(config: EarlyExitConfig, **others: int) -> str:
 
 def test_only_what_shapes_graphs_enters_the_compilation_cache_key(model: Path, heads: Path):
     config = resolve(Knobs(model=str(heads)), str(model))
-    same = replace(config, policy="fixed", num_speculative_tokens=7, entropy_threshold=None, heads="elsewhere")
+    same = replace(config, policy="fixed", num_speculative_tokens=7, entropy_thresholds=(), heads="elsewhere")
     assert cache_key(same) == cache_key(config)
     for other in (replace(config, exit_layers=(1,)), replace(config, head_shape="mlp 16 6")):
         assert cache_key(other) != cache_key(config)
@@ -117,7 +117,7 @@ def test_vllm_keeps_the_additional_config_as_it_is(model: Path, heads: Path):
 
 
 def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, heads: Path):
-    assert resolve(Knobs(model=str(heads), target_accuracy=0.8), str(model)).entropy_threshold == 0.5
+    assert resolve(Knobs(model=str(heads), target_accuracy=0.8), str(model)).entropy_thresholds == (0.5,)
     with pytest.raises(EarlyExitError, match=r"no entropy threshold reaches target_accuracy 0\.99.*0\.7, 0\.9"):
         resolve(Knobs(model=str(heads), target_accuracy=0.99), str(model))
 
@@ -125,7 +125,7 @@ def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, he
 def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path):
     heads = make_heads(tmp_path / "raw", model, calibrated=False)
     config = resolve(Knobs(model=str(heads)), str(model))
-    assert (config.policy, config.exit_layers, config.entropy_threshold) == ("fixed", (1,), None)
+    assert (config.policy, config.exit_layers, config.entropy_thresholds) == ("fixed", (1,), ())
     with pytest.raises(EarlyExitError, match="not calibrated"):
         resolve(Knobs(model=str(heads), policy="entropy"), str(model))
 
@@ -159,6 +159,16 @@ def test_an_exit_beyond_the_stack_is_refused(model: Path, heads: Path, exit_laye
         resolve(Knobs(model=str(heads), exit_layer=exit_layer), str(model))
 
 
+def test_several_exits_are_a_ladder(model: Path, heads: Path):
+    config = resolve(Knobs(model=str(heads), policy="entropy", exit_layer=(2, 1)), str(model))
+    assert config.exit_layers == (1, 2)
+    assert len(config.entropy_thresholds) == 2
+    with pytest.raises(EarlyExitError, match="drafts from one exit"):
+        resolve(Knobs(model=str(heads), policy="fixed", exit_layer=(1, 2)), str(model))
+    with pytest.raises(EarlyExitError, match="beyond the stack"):
+        resolve(Knobs(model=str(heads), exit_layer=(1, 4)), str(model))
+
+
 def test_an_exit_without_a_head_is_refused(model: Path, heads: Path):
     with pytest.raises(EarlyExitError, match="no exit after layer 3; set exit_layer to one of 1, 2"):
         resolve(Knobs(model=str(heads), exit_layer=3), str(model))
@@ -166,7 +176,7 @@ def test_an_exit_without_a_head_is_refused(model: Path, heads: Path):
 
 def test_the_shared_head_needs_an_exit_layer_and_nothing_else(model: Path):
     config = resolve(Knobs(head="shared", exit_layer=2), str(model))
-    assert config == EarlyExitConfig(None, (2,), 4, "fixed", None)
+    assert config == EarlyExitConfig(None, (2,), 4, "fixed")
     with pytest.raises(EarlyExitError, match="needs exit_layer"):
         resolve(Knobs(head="shared"), str(model))
     with pytest.raises(EarlyExitError, match="not calibrated"):

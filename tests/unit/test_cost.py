@@ -38,19 +38,19 @@ def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
 def test_it_keeps_the_sure_rows_of_a_batch():
     policy = auto(replace(CPU, head=(2e-4, 3e-4)), sharpness=1.0)
     assert policy.begin(3)
-    decision = policy.decide(torch.arange(3), torch.tensor([0.05, 3.9, 0.1]))
+    decision = policy.decide(torch.arange(3), torch.tensor([0.05, 3.9, 0.1]), 0)
     assert decision.keep.tolist() == [True, False, True]
     assert decision.go_on
-    assert not policy.decide(torch.tensor([0, 2]), torch.tensor([3.9, 3.9])).keep.any()
+    assert not policy.decide(torch.tensor([0, 2]), torch.tensor([3.9, 3.9]), 0).keep.any()
 
 
 def test_it_stops_at_the_longest_draft_and_at_logits_that_are_not_numbers():
     policy = auto(FREE)
     assert policy.begin(1)
-    decisions = [policy.decide(torch.tensor([0]), torch.tensor([0.0])) for _ in range(LONGEST)]
+    decisions = [policy.decide(torch.tensor([0]), torch.tensor([0.0]), 0) for _ in range(LONGEST)]
     assert [decision.go_on for decision in decisions] == [True] * (LONGEST - 1) + [False]
     assert policy.begin(1)
-    assert policy.decide(torch.tensor([0]), torch.tensor([torch.nan])).keep.tolist() == [False]
+    assert policy.decide(torch.tensor([0]), torch.tensor([torch.nan]), 0).keep.tolist() == [False]
 
 
 def test_a_batch_too_large_to_profit_is_not_drafted_for():
@@ -66,7 +66,7 @@ def test_verification_corrects_calibration_and_the_correction_fades():
     asked = []
     for _ in range(2000):
         asked.append(policy.begin(1))
-        if asked[-1] and policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item():
+        if asked[-1] and policy.decide(torch.tensor([0]), torch.tensor([0.05]), 0).keep.item():
             policy.learn(0, 1, 0)
     assert sum(asked[:10]) > 5
     assert 0 < sum(asked[1000:]) < 100, "rejected drafts turn drafting off, but for a try now and then"
@@ -76,7 +76,7 @@ def test_only_drafts_that_verification_reached_are_learned_from():
     policy = auto(FREE)
     policy.begin(1)
     for _ in range(3):
-        policy.decide(torch.tensor([0]), torch.tensor([1.0]))
+        policy.decide(torch.tensor([0]), torch.tensor([1.0]), 0)
     before = policy._acceptance.correction
     policy.learn(0, 3, 0)
     assert policy._acceptance._expected == pytest.approx(np.exp(-0.7), abs=0.02), "one of three was tested"
@@ -110,7 +110,7 @@ def test_it_drafts_from_the_exit_that_is_worth_most_and_learns_there():
         policy.times = times
         assert policy.begin(1)
         assert policy.exit == expected
-        assert policy.decide(torch.tensor([0]), torch.tensor([0.05])).keep.item()
+        assert policy.decide(torch.tensor([0]), torch.tensor([0.05]), expected).keep.item()
         policy.learn(0, 1, 0)
         corrections = [a.correction for a in policy._acceptances]
         assert corrections[expected] < 1 == corrections[1 - expected]
@@ -118,6 +118,34 @@ def test_it_drafts_from_the_exit_that_is_worth_most_and_learns_there():
     policy.times = [CPU, CPU]
     assert policy.begin(1)
     assert policy.exit == 1, "the better head, if both cost the same"
+
+
+def ladder(next_layers: float, agreement_there: float) -> AutoPolicy:
+    """Two exits; tokens that are unsure at the first one agree at the second one at this rate."""
+    known = Acceptance([ENTROPY.tolist()], [np.exp(-ENTROPY).tolist()], [[agreement_there] * len(ENTROPY)])
+    policy = AutoPolicy([known, acceptance()], LONGEST)
+    second = CPU.shallow[0] + next_layers
+    policy.times = [CPU, replace(CPU, shallow=(second, second))]
+    policy.begin(2)
+    policy.exit = 0
+    return policy
+
+
+def test_an_unsure_token_is_taken_to_the_next_exit_if_that_pays():
+    rows, unsure = torch.tensor([0, 1]), torch.tensor([3.9, 0.01])
+    for next_layers, there, expected in ((1e-3, 0.9, [True, False]), (1e-3, 0.1, None), (40e-3, 0.9, None)):
+        policy = ladder(next_layers, there)
+        decision = policy.decide(rows, unsure, 0)
+        assert decision.keep.tolist() == [False, True]
+        assert (None if decision.deeper is None else decision.deeper.tolist()) == expected
+    policy = ladder(1e-3, 0.9)
+    policy.decide(rows, unsure, 0)
+    decision = policy.decide(rows[:1], torch.tensor([0.02]), 1)
+    assert decision.keep.tolist() == [True]
+    assert decision.deeper is None, "there is no further exit"
+    policy.learn(0, 1, 0)
+    corrections = [a.correction for a in policy._acceptances]
+    assert corrections[1] < 1 == corrections[0], "what the second exit said is learned there"
 
 
 class Machine:
@@ -194,7 +222,7 @@ class Simulation:
                 fed += 1
                 seconds += self.times.at("head", 1) + (self.times.at("shallow", 1) if fed > 1 else 0)
                 knot = int(knots[n, fed - 1])
-                decision = policy.decide(torch.tensor([0]), table[knot : knot + 1])
+                decision = policy.decide(torch.tensor([0]), table[knot : knot + 1], policy.exit)
                 kept = bool(decision.keep.item())
                 if kept:
                     drafted.append(luck[n, fed - 1] < self.truth * np.exp(-self.sharpness * ENTROPY[knot]))
@@ -218,9 +246,9 @@ class FixedLength(FixedPolicy):
         self.left = self.length
         return self.length > 0
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor):  # type: ignore[no-untyped-def]
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int):  # type: ignore[no-untyped-def]
         self.left -= 1
-        decision = super().decide(rows, entropy)
+        decision = super().decide(rows, entropy, cut)
         return type(decision)(decision.keep, self.left > 0)
 
 

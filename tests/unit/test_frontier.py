@@ -31,7 +31,7 @@ def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObjec
         for row, depth, token in zip(rows, depths, step.input_ids.tolist(), strict=True):
             assert depth < limits[row], "a token past the reserved slots would be fed"
             assert token == (row + 7 if depth == 0 else 100 * row + depth - 1), "each token is fed once, in order"
-        frontier.keep({"hidden": torch.stack([step.rows, step.positions], dim=1)})
+        frontier.keep({"hidden": torch.stack([step.rows, step.positions], dim=1)}, cut=0)
         drafted = torch.tensor([100 * row + depth for row, depth in zip(rows, depths, strict=True)])
         frontier.advance(drafted, torch.tensor([sure[row][depth] for row, depth in zip(rows, depths, strict=True)]))
 
@@ -45,6 +45,39 @@ def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObjec
             columns = torch.arange(len(pending))
             kept = frontier.states(torch.full_like(columns, row), columns)["hidden"]
             assert kept.tolist() == [[row, first[row] + column] for column in columns.tolist()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_lifted_is_what_stands_at_the_cut(data: st.DataObject):
+    """Sequences are lifted at will, exit by exit; each token's state says at which cut it was last run."""
+    n, cuts = data.draw(st.integers(1, 4)), 3
+    first = data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))
+    frontier = Frontier(torch.arange(n, dtype=torch.int32), torch.tensor(first), torch.full((n,), 4))
+    slow: list[list[int]] = [[] for _ in range(n)]
+    while (step := frontier.step) is not None:
+        frontier.keep({"cut": torch.zeros(len(step.rows), 1)}, cut=0)
+        for row in step.rows.tolist():
+            slow[row].append(0)
+        rows = step.rows
+        for cut in range(cuts - 1):
+            rows = rows[torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))]
+            if not len(rows):
+                break
+            standing = frontier.standing(rows, cut)
+            assert standing.states["cut"].flatten().tolist() == [cut] * int(standing.counts.sum())
+            ends = [first[row] + len(slow[row]) for row in rows.tolist()]
+            assert (standing.positions[standing.newest] + 1).tolist() == ends
+            frontier.lift(standing, {"cut": torch.full((len(standing.positions), 1), cut + 1.0)}, cut + 1)
+            for row in rows.tolist():
+                slow[row] = [max(at, cut + 1) for at in slow[row]]
+        keep = data.draw(st.lists(st.booleans(), min_size=len(step.rows), max_size=len(step.rows)))
+        frontier.advance(step.rows, torch.tensor(keep))
+    for row in range(n):
+        assert frontier.cuts(row) == slow[row] == sorted(slow[row], reverse=True)
+        columns = torch.arange(len(slow[row]))
+        kept = frontier.states(torch.full_like(columns, row), columns)["cut"]
+        assert kept.flatten().tolist() == slow[row]
 
 
 def test_a_round_without_room_has_no_step():

@@ -122,6 +122,7 @@ class Acceptance:
     Args:
         entropy: Knots of each position's map, nats, rising.
         probability: Acceptance at the knots, falling. Knots hold equally many held-out tokens each.
+        deeper: The next exit's acceptance at the knots, of the same tokens; by default and where empty it is not known.
     """
 
     PRIOR = 30.0
@@ -129,7 +130,13 @@ class Acceptance:
     MEMORY = 0.995
     FORGET = 0.999
 
-    def __init__(self, entropy: Sequence[Sequence[float]], probability: Sequence[Sequence[float]]):
+    def __init__(
+        self,
+        entropy: Sequence[Sequence[float]],
+        probability: Sequence[Sequence[float]],
+        deeper: Sequence[Sequence[float]] = (),
+    ):
+        self._deeper = [np.asarray(knots) for knots in deeper]
         self._entropy = [np.asarray(knots) for knots in entropy]
         self._probability = [np.asarray(knots) for knots in probability]
         self._expected = self._seen = 0.0
@@ -144,6 +151,13 @@ class Acceptance:
         n = min(position, len(self._entropy) - 1)
         found = np.interp(entropy, self._entropy[n], self._probability[n]) * self.correction
         return np.where(np.isnan(entropy), 0.0, np.clip(found, 0.0, 1.0))
+
+    def deeper(self, position: int, entropy: np.ndarray) -> np.ndarray | None:
+        """Return the next exit's acceptance probability of tokens at ``entropy`` nats here, None if it is not known."""
+        n = min(position, len(self._deeper) - 1)
+        if n < 0 or not len(self._deeper[n]):
+            return None
+        return np.where(np.isnan(entropy), 0.0, np.interp(entropy, self._entropy[n], self._deeper[n]))
 
     def spread(self, position: int) -> np.ndarray:
         """Return equally likely acceptance probabilities of a token yet to be drafted at ``position``."""

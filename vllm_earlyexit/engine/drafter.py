@@ -8,19 +8,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.head import CompiledExit, Head, SharedExit
+from vllm_earlyexit.engine.head import Asked, CompiledExit, Head, SharedExit
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.heads.checkpoint import load_heads
 
-KVContext = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]
-"""Given a round's rows and their positions, both int64 [n], a forward context of one token for each of them."""
+KVContext = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AbstractContextManager[None]]
+"""Given some of a round's rows, how many tokens of each, both int64 [n], and the positions of all these tokens, int64
+[num_tokens], a forward context of them."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,14 @@ class Pending:
 
     Attributes:
         at: Indices of the pending tokens in the batch, int64 [num_pending].
-        states: Their hidden states at the cut by name, each [num_pending, hidden_size].
-        fresh: Indices of all other tokens, int64, rising.
-        cut: At which exit they stand, as the drafter numbers them.
+        states: Their hidden states at their cuts by name, each [num_pending, hidden_size].
+        passed: How many segments each token of the batch has passed, int64 [num_tokens], on the host: none, if it is
+            not pending. Within a sequence it never rises.
     """
 
     at: torch.Tensor
     states: dict[str, torch.Tensor]
-    fresh: torch.Tensor
-    cut: int = 0
+    passed: np.ndarray
 
 
 @dataclass
@@ -90,29 +91,61 @@ class SelfExitDrafter:
         previous = previous.clone()
         if not self.policy.begin(frontier.num_seqs):
             return frontier.drafts()
-        frontier.cut = self.policy.exit
-        drafted_from = self.exits[frontier.cut]
         while (step := frontier.step) is not None:
-            with kv_context(step.rows, step.positions):
-                at_cut = run_segments(drafted_from.below, step.input_ids, step.positions)
+            cut = self.policy.exit
+            before = previous[step.rows]
+            with kv_context(step.rows, torch.ones_like(step.rows), step.positions):
+                at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
-                asked = drafted_from.head(residual_stream(at_cut), step.positions, previous[step.rows])
-            frontier.keep(at_cut.tensors)
-            previous[step.rows] = asked.features
-            decision = self.policy.decide(step.rows, asked.entropy)
-            frontier.advance(asked.token_ids, decision.keep)
+                asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
+            frontier.keep(at_cut.tensors, cut)
+            decision = self.policy.decide(step.rows, asked.entropy, cut)
+            features, tokens, keep = asked.features, asked.token_ids, decision.keep
+            unsure = torch.arange(len(step.rows), device=step.rows.device)
+            while decision.deeper is not None and bool(decision.deeper.any()):
+                unsure = unsure[decision.deeper]
+                asked = self._lift(frontier, step.rows[unsure], cut, before[unsure], kv_context)
+                cut += 1
+                decision = self.policy.decide(step.rows[unsure], asked.entropy, cut)
+                features = features.index_copy(0, unsure, asked.features)
+                tokens = tokens.index_copy(0, unsure, asked.token_ids)
+                keep = keep.index_copy(0, unsure, decision.keep)
+            previous[step.rows] = features
+            frontier.advance(tokens, keep)
             if not decision.go_on:
                 break
         return frontier.drafts()
+
+    def _lift(
+        self, frontier: Frontier, rows: torch.Tensor, cut: int, before: torch.Tensor, kv_context: KVContext
+    ) -> Asked:
+        """Take what is pending at ``cut`` of ``rows`` on to the next one; ask the head there about the newest tokens.
+
+        Args:
+            frontier: What is pending.
+            rows: The sequences, int64 [n].
+            cut: Where they stand.
+            before: What the head is told of the tokens before the newest ones, [n, hidden_size].
+            kv_context: Where KV is.
+        """
+        standing = frontier.standing(rows, cut)
+        with kv_context(rows, standing.counts, standing.positions):
+            state = IntermediateTensors(standing.states)
+            lifted = self.exits[cut + 1].below[-1](None, standing.positions, state)
+        assert isinstance(lifted, IntermediateTensors)
+        frontier.lift(standing, lifted.tensors, cut + 1)
+        positions = standing.positions[standing.newest]
+        with kv_context(rows, torch.ones_like(rows), positions):
+            return self.exits[cut + 1].head(residual_stream(lifted)[standing.newest], positions, before)
 
     def verify(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         pending: Pending,
-        fresh_context: Callable[[], AbstractContextManager[None]],
+        context: Callable[[np.ndarray], AbstractContextManager[None]],
     ) -> torch.Tensor:
-        """Run a batch through the model, resuming tokens that are pending at the cut.
+        """Run a batch through the model, resuming pending tokens at the cuts where they stand.
 
         The forward context must be that of the whole batch.
 
@@ -120,23 +153,28 @@ class SelfExitDrafter:
             input_ids: int32 [num_tokens].
             positions: int64 [num_tokens].
             pending: Which tokens are pending; the others are fed from the bottom.
-            fresh_context: A forward context of those others, in batch order.
+            context: From indices into the batch, rising, to a forward context of these tokens: of each sequence that
+                has any, its last ones.
 
         Returns:
             Hidden states after the final norm, [num_tokens, hidden_size].
         """
-        below, above = self.exits[pending.cut].below, self.exits[pending.cut].above
         joined = {
             name: states.new_empty(len(positions), *states.shape[1:]).index_copy_(0, pending.at, states)
             for name, states in pending.states.items()
         }
-        if len(pending.fresh):
-            with fresh_context():
-                at_cut = run_segments(below, input_ids[pending.fresh], positions[pending.fresh])
+        segments = [*self.exits[-1].below, *self.exits[-1].above]
+        joins = sorted({*pending.passed.tolist()})
+        for start, end in pairwise(joins):
+            low = np.flatnonzero(pending.passed <= start)
+            index = torch.from_numpy(low).to(positions.device)
+            below = None if start == 0 else IntermediateTensors({name: s[index] for name, s in joined.items()})
+            with context(low):
+                at_cut = run_segments(segments[start:end], input_ids[index], positions[index], below)
             assert isinstance(at_cut, IntermediateTensors)
             for name, states in at_cut.tensors.items():
-                joined[name].index_copy_(0, pending.fresh, states)
-        final = run_segments(above, None, positions, IntermediateTensors(joined))
+                joined[name].index_copy_(0, index, states)
+        final = run_segments(segments[joins[-1] :], None, positions, IntermediateTensors(joined))
         assert isinstance(final, torch.Tensor)
         return final
 

@@ -97,18 +97,20 @@ class Decision:
 
     Attributes:
         keep: Which of the step's tokens are drafted, bool [n]; a sequence stops at its first False.
-        go_on: Whether sequences that keep theirs and have room draft another.
+        go_on: Whether sequences that keep theirs and have room draft another, in this step whatever exit they are from.
+        deeper: Which of the others are taken on to the next exit, to ask its head, bool [n]; None for none.
     """
 
     keep: torch.Tensor
     go_on: bool = True
+    deeper: torch.Tensor | None = None
 
 
 class Policy(Protocol):
     """Decides for a batch of sequences, step by step, what to draft.
 
     Attributes:
-        exit: From which exit this round drafts, as the drafter numbers them.
+        exit: From which exit this round drafts, as the drafter numbers them; unsure tokens may go on to later ones.
     """
 
     exit: int
@@ -116,8 +118,14 @@ class Policy(Protocol):
     def begin(self, num_seqs: int) -> bool:
         """Start a round over ``num_seqs`` sequences; return whether to draft at all."""
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
-        """Decide after a step over sequences ``rows``, int64 [n], given the ``entropy`` of the head's choices, [n]."""
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
+        """Decide what to do with the newest tokens of some sequences.
+
+        Args:
+            rows: The sequences, int64 [n].
+            entropy: Of the head's choices, in nats, [n].
+            cut: Which exit's head was asked; a later one than ``exit`` for tokens that went deeper in the same step.
+        """
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
@@ -132,7 +140,7 @@ class FixedPolicy:
         """Return True."""
         return True
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep every token and go on."""
         return Decision(torch.ones_like(rows, dtype=torch.bool))
 
@@ -143,16 +151,19 @@ class FixedPolicy:
 class EntropyPolicy(FixedPolicy):
     """Stop at the first token whose entropy H = -Σ p ln p is above a calibrated threshold (DSSD).
 
+    With several exits, such a token is first taken on to the next exit; the draft stops where the last one is unsure.
+
     Args:
-        threshold: Nats.
+        thresholds: Nats, one for each exit.
     """
 
-    def __init__(self, threshold: float):
-        self.threshold = threshold
+    def __init__(self, thresholds: Sequence[float]):
+        self.thresholds = thresholds
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep tokens whose entropy is at most the threshold; an entropy that is not a number stops the draft."""
-        return Decision(entropy <= self.threshold)
+        limit = self.thresholds[cut]
+        return Decision(entropy <= limit, deeper=entropy > limit if cut + 1 < len(self.thresholds) else None)
 
 
 class AutoPolicy:
@@ -171,7 +182,9 @@ class AutoPolicy:
     measured on a busy machine may still mislead, so the rates that rounds with and without drafts really reach are
     compared for every batch size; where drafting turns out slower it stops, but for a try now and then.
 
-    Each round drafts from the exit at which asking is worth most.
+    Each round drafts from the exit at which asking is worth most. A token that is not kept is taken on to the next exit
+    if the calibrated acceptance there, of tokens that were so unsure here, is worth the layers between, its head, and
+    verifying one more token; the layers are counted as if verification did not need them anyway.
 
     Args:
         acceptances: From entropy to acceptance, for each exit.
@@ -187,7 +200,7 @@ class AutoPolicy:
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
         self._values: dict[tuple[int, int], tuple[float, list[np.ndarray]]] = {}
-        self._drafted: dict[int, list[float]] = {}
+        self._drafted: dict[int, list[tuple[int, float]]] = {}
         self._around: float | None = None
         self._overhead = self._spent = self._began = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
@@ -200,7 +213,7 @@ class AutoPolicy:
         if self.times is None:
             return False
         self._close()
-        self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, 0, 0.0, 0
+        self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
         self._accepted, self._drafted = 0, {}
         seen = self._seen[num_seqs]
@@ -217,13 +230,17 @@ class AutoPolicy:
                 acceptance.forget()
         return asked
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor) -> Decision:
+    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
-        at = rows.cpu().numpy()
-        probability = self._acceptance.of(self._step, entropy.cpu().numpy())
-        reached = self._reached[at] * probability
+        at, unsure = rows.cpu().numpy(), entropy.cpu().numpy()
+        if cut == self.exit:
+            self._step += 1
+            self._kept = np.empty(0)
+        before = self._reached[at]
+        probability = self._acceptances[cut].of(self._step, unsure)
+        reached = before * probability
         self._asked += 1
-        self._spent += self._head(len(at))
+        self._spent += self._head(len(at), cut)
         order = np.argsort(-reached, kind="stable")
         later = np.maximum(self._asking(reached, self._step + 1), 0)
         added = self._added(np.arange(1, len(at) + 1))
@@ -234,20 +251,50 @@ class AutoPolicy:
             kept[order[: best + 1]] = True
         self._reached[at[kept]] = reached[kept]
         for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
-            self._drafted.setdefault(row, []).append(expected)
+            self._drafted.setdefault(row, []).append((cut, expected))
         self._spent += float(self._added(kept.sum()))
         self._tokens += int(kept.sum())
-        self._step += 1
-        go_on = bool(kept.any()) and bool(self._asking(reached[kept], self._step).sum() > 0)
-        return Decision(torch.from_numpy(kept).to(rows.device), go_on)
+        self._kept = np.concatenate([self._kept, reached[kept]])
+        go_on = len(self._kept) > 0 and bool(self._asking(self._kept, self._step + 1).sum() > 0)
+        deeper = ~kept & self._go_deeper(before * ~kept, unsure, cut)
+        return Decision(
+            torch.from_numpy(kept).to(rows.device),
+            go_on,
+            torch.from_numpy(deeper).to(rows.device) if deeper.any() else None,
+        )
+
+    def _go_deeper(self, reached: np.ndarray, entropy: np.ndarray, cut: int) -> np.ndarray:
+        """Return which rows are worth taking on to the next exit, bool [n].
+
+        Args:
+            reached: Probability that all that is drafted so far is accepted, [n].
+            entropy: Of the head at ``cut``, in nats, [n].
+            cut: The exit that was asked.
+        """
+        n = len(reached)
+        chosen = np.zeros(n, dtype=bool)
+        expected = self._acceptances[cut].deeper(self._step, entropy)
+        if expected is None or cut + 1 == len(self._acceptances):
+            return chosen
+        gain = reached * np.clip(expected * self._acceptances[cut + 1].correction, 0.0, 1.0)
+        order = np.argsort(-gain, kind="stable")
+        rows = np.arange(1, n + 1)
+        seconds = self._between(cut, rows * (self._step + 1)) + self._added(rows)
+        seconds += [self._head(int(m), cut + 1) for m in rows]
+        values = gain[order].cumsum() - self._rate * seconds
+        best = int(values.argmax())
+        if values[best] > 0:
+            chosen[order[: best + 1]] = True
+            self._spent += float(self._between(cut, (best + 1) * (self._step + 1)))
+        return chosen
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Compare what was expected of a sequence's drafts with what verification said."""
         self._accepted += accepted
-        for n, expected in enumerate(self._drafted.get(row, [])[:verified]):
+        for n, (cut, expected) in enumerate(self._drafted.get(row, [])[:verified]):
             if n > accepted:
                 return
-            self._acceptance.learn(expected, n < accepted)
+            self._acceptances[cut].learn(expected, n < accepted)
 
     @property
     def _acceptance(self) -> Acceptance:
@@ -270,9 +317,15 @@ class AutoPolicy:
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
 
-    def _head(self, n: int) -> float:
-        """Return the seconds that asking the head for n rows adds to a round."""
-        return float(self._times.at("head", n)) + self._overhead
+    def _head(self, n: int, cut: int) -> float:
+        """Return the seconds that asking an exit's head for n rows adds to a round."""
+        assert self.times is not None
+        return float(self.times[cut].at("head", n)) + self._overhead
+
+    def _between(self, cut: int, n: np.ndarray | int) -> np.ndarray:
+        """Return the seconds that n tokens take from an exit to the next one."""
+        assert self.times is not None
+        return np.maximum(0.0, self.times[cut + 1].at("shallow", n) - self.times[cut].at("shallow", n))
 
     def _added(self, m: np.ndarray | int) -> np.ndarray:
         """Return the seconds that verifying m more tokens adds, for each m."""
@@ -296,7 +349,7 @@ class AutoPolicy:
     def _tabulate(self, n: int) -> list[np.ndarray]:
         """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
         each = self._rate * float(self._added(n)) / n
-        head = self._rate * self._head(n) / n
+        head = self._rate * self._head(n, self.exit) / n
         tables: list[np.ndarray] = []
         later = np.zeros_like(GRID)
         for step in reversed(range(self._longest)):
@@ -312,7 +365,9 @@ class AutoPolicy:
         self._began = now
         if not self._batch:
             return
-        expected = self._batch + sum(float(np.cumprod(drafted).sum()) for drafted in self._drafted.values())
+        expected = self._batch + sum(
+            float(np.cumprod([probability for _, probability in drafted]).sum()) for drafted in self._drafted.values()
+        )
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
@@ -334,10 +389,11 @@ class AutoPolicy:
 def build_policy(config: EarlyExitConfig, heads: Sequence[ExitHeadConfig]) -> Policy:
     """Return the policy that ``config`` names, for exits with these heads."""
     if config.policy == "entropy":
-        assert config.entropy_threshold is not None
-        return EntropyPolicy(config.entropy_threshold)
+        return EntropyPolicy(config.entropy_thresholds)
     if config.policy == "auto":
         maps = [head.calibration.positions for head in heads if head.calibration is not None]
-        acceptances = [Acceptance([p.entropy for p in at], [p.probability for p in at]) for at in maps]
+        acceptances = [
+            Acceptance([p.entropy for p in at], [p.probability for p in at], [p.deeper for p in at]) for at in maps
+        ]
         return AutoPolicy(acceptances, config.num_speculative_tokens)
     return FixedPolicy()

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,8 @@ class SelfExitProposer:
         drafted = self.drafter.draft(
             frontier,
             sampled_from[newest],
-            lambda on, at: self._kv_context(
-                runner, {group: table[on] for group, table in blocks.items()}, torch.ones_like(on), at
+            lambda on, counts, at: self._kv_context(
+                runner, {group: table[on] for group, table in blocks.items()}, counts, at
             ),
         )
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
@@ -149,25 +149,24 @@ class SelfExitProposer:
         starts = runner.query_start_loc.np[: batch.num_reqs]
         at = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, resumed, strict=True)])
         columns = np.concatenate([np.arange(n) for n in resumed])
-        fresh = np.setdiff1d(np.arange(counts.sum()), at)
+        passed = np.zeros(counts.sum(), dtype=np.int64)
+        passed[at] = [1 + cut for row, n in held for cut in last_round.frontier.cuts(row)[:n]]
         device = positions.device
 
         def tensor(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(device)
 
-        states = last_round.frontier.states(tensor(np.repeat(held[:, 0], resumed)), tensor(columns))
-        left = counts - resumed
-        return self.drafter.verify(
-            input_ids,
-            positions,
-            Pending(tensor(at), states, tensor(fresh), last_round.frontier.cut),
-            lambda: self._kv_context(
+        def context(low: np.ndarray) -> AbstractContextManager[None]:
+            own = np.bincount(np.repeat(np.arange(len(counts)), counts)[low], minlength=len(counts))
+            return self._kv_context(
                 runner,
-                self._blocks(runner, tensor(np.flatnonzero(left))),
-                tensor(left[left > 0]),
-                positions[tensor(fresh)],
-            ),
-        )
+                self._blocks(runner, tensor(np.flatnonzero(own))),
+                tensor(own[own > 0]),
+                positions[tensor(low)],
+            )
+
+        states = last_round.frontier.states(tensor(np.repeat(held[:, 0], resumed)), tensor(columns))
+        return self.drafter.verify(input_ids, positions, Pending(tensor(at), states, passed), context)
 
     def _limit(self, request: Any, position: int, longest: int) -> int:
         """Return how many tokens are worth drafting for a request whose newest token stands at ``position``.

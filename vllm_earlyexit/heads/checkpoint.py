@@ -45,6 +45,12 @@ class PositionCalibration(_Part):
     entropy: Annotated[tuple[float, ...], Field(description="nats, rising")]
     probability: Annotated[tuple[float, ...], Field(description="of being accepted at these entropies, falling")]
     expected_calibration_error: Annotated[float, Field(ge=0, le=1, description="of the map, on documents not fitted")]
+    deeper: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        Field(
+            description="how often the next exit's head agrees where this one has these entropies; empty at the last"
+        ),
+    ] = ()
 
     @model_validator(mode="after")
     def _monotone(self) -> "PositionCalibration":
@@ -52,6 +58,8 @@ class PositionCalibration(_Part):
             raise ValueError("entropy and probability must be of the same length, at least 1")
         if list(self.entropy) != sorted(self.entropy) or list(self.probability) != sorted(self.probability)[::-1]:
             raise ValueError("entropy must rise and probability fall")
+        if len(self.deeper) not in (0, len(self.entropy)):
+            raise ValueError("deeper must be of the same length as entropy, or empty")
         return self
 
 

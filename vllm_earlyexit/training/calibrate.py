@@ -130,8 +130,13 @@ def cross_fitted(trace: Trace) -> np.ndarray:
     return probability
 
 
-def position_calibration(trace: Trace) -> PositionCalibration:
-    """Return one draft position's map, fitted on all documents; its error is that of maps fitted on other documents."""
+def position_calibration(trace: Trace, deeper: Trace | None = None) -> PositionCalibration:
+    """Return one draft position's map, fitted on all documents; its error is that of maps fitted on other documents.
+
+    Args:
+        trace: The exit's at this position.
+        deeper: The next exit's, of the same tokens.
+    """
     fitted = AcceptanceMap.fit(trace.entropy.numpy(), trace.agrees.numpy())
     several = len(set(trace.documents)) > 1
     return PositionCalibration(
@@ -141,7 +146,14 @@ def position_calibration(trace: Trace) -> PositionCalibration:
         expected_calibration_error=round(
             expected_calibration_error(cross_fitted(trace), trace.agrees.numpy()) if several else 1.0, 4
         ),
+        deeper=() if deeper is None else _agreement_at(trace.entropy.numpy(), deeper.agrees.numpy()),
     )
+
+
+def _agreement_at(entropy: np.ndarray, agrees: np.ndarray) -> tuple[float, ...]:
+    """Return the mean of ``agrees`` at the knots of ``AcceptanceMap.fit``, over the tokens of each."""
+    order = np.argsort(entropy, kind="stable")
+    return tuple(round(float(agrees[part].mean()), 4) for part in np.array_split(order, KNOTS) if len(part))
 
 
 @dataclass(frozen=True)
@@ -256,14 +268,15 @@ def calibrate_heads(
         raise EarlyExitError(f"the heads in {heads_folder} were trained for {heads.config.base_model!r}, not {model!r}")
     traces, layer_size = trace_heads(folder, heads, records, every_document=every_document, device=device)
     exits = []
-    for exit_config in heads.config.exits:
+    for exit_config, above in zip(heads.config.exits, [*heads.config.exits[1:], None], strict=True):
         here = traces[exit_config.exit_layer]
+        deeper: Sequence[Trace | None] = [None] * len(here) if above is None else traces[above.exit_layer]
         calibration = Calibration(
             tokens=len(here[0].agrees),
             agreement=here[0].agreement,
             thresholds=thresholds(here[0]),
             draft_cost=round(draft_cost(heads.config, exit_config.exit_layer, layer_size), 4),
-            positions=tuple(position_calibration(trace) for trace in here),
+            positions=tuple(position_calibration(*pair) for pair in zip(here, deeper, strict=True)),
             signals=compare(here[0], folds(here[0])),
         )
         exits.append(exit_config.model_copy(update={"calibration": calibration}))
