@@ -54,6 +54,7 @@ def rows(tokens: int) -> Iterator[Row]:
     yield Row("tail without deep keys", replace(base, kinds=("tail",), deep_keys=False))
     yield Row("raw text", base, data=("text",))
     yield Row("own answers and raw text", base, data=("own", "text"))
+    yield Row("without the distance to features", replace(base, feature_weight=0.0), seeds=SEEDS)
     yield Row("loss: total variation", replace(base, loss="tv"))
     yield Row("loss: cross-entropy", replace(base, loss="ce"), seeds=SEEDS)
     yield Row("draft vocabulary: 4096", replace(base, draft_vocab_size=4096))

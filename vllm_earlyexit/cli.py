@@ -93,6 +93,9 @@ def train(
     intermediate_size: Annotated[int, typer.Option(help="Width of the heads' MLPs.")] = 1536,
     draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that can be drafted; 0 for all.")] = 16384,
     loss: Annotated[LossName, typer.Option(help="Distillation loss.")] = "kl",
+    feature_weight: Annotated[
+        float, typer.Option(help="Weight of the distance to the full model's features beside the loss.")
+    ] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Use so many of the recorded target probabilities.")] = None,
     epochs: int = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about so many scored tokens.")] = None,
@@ -121,6 +124,7 @@ def train(
         intermediate_size=intermediate_size,
         draft_vocab_size=draft_vocab_size,
         loss=loss,
+        feature_weight=feature_weight,
         top_k=top_k,
         epochs=epochs,
         max_tokens=max_tokens,

@@ -13,7 +13,7 @@ from vllm_earlyexit.training.attention import attend, packed_bias, visible
 from vllm_earlyexit.training.calibrate import AcceptanceMap, expected_calibration_error, replay, thresholds
 from vllm_earlyexit.training.classroom import draft_index, frequent_tokens
 from vllm_earlyexit.training.data import Window, cut, grouped, tokenize
-from vllm_earlyexit.training.losses import LOSSES, LogProbabilities, Target, ce, kl, tv
+from vllm_earlyexit.training.losses import LOSSES, LogProbabilities, Target, ce, feature_distance, kl, tv
 from vllm_earlyexit.training.records import read_records
 from vllm_earlyexit.training.signals import compare, risk_coverage_area
 from vllm_earlyexit.training.targets import top_targets
@@ -93,6 +93,13 @@ def test_top_targets_are_the_models_largest_probabilities(vocab: int, k: int):
     expected = (final @ weight.T).softmax(-1).topk(k)
     assert torch.equal(ids.long(), expected.indices)
     torch.testing.assert_close(p.float(), expected.values, atol=1e-3, rtol=1e-3)
+
+
+def test_feature_distance_is_relative_to_the_full_models_features():
+    final = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert feature_distance(final, final).item() == 0
+    off = final + torch.tensor([[0.0, 5.0], [1.0, 0.0]])
+    assert math.isclose(feature_distance(off, final).item(), (25 / 25 + 1 / 4) / 2)
 
 
 def everything(teacher: torch.Tensor, vocab: torch.Tensor) -> Target:

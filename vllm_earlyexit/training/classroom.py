@@ -76,8 +76,8 @@ class Classroom:
         index = draft_index(draft_vocab, teacher.vocab_size).to(teacher.device)
         return Classroom(teacher, draft_vocab, teacher.rows(draft_vocab), index, deep_keys)
 
-    def logits(self, module: nn.Module, hidden: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
-        """Return a head's logits on the scored tokens at draft step ``step``, [num_scored, draft_vocab_size].
+    def features(self, module: nn.Module, hidden: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        """Return a head's features after the final norm at draft step ``step``, [num_tokens, hidden_size].
 
         Args:
             module: The head.
@@ -85,15 +85,18 @@ class Classroom:
             batch: Where they are from.
             step: Number of pending tokens before each token.
         """
-        features = draft_steps(self.teacher, module, hidden, batch, step, self.deep_keys)[-1]
+        return draft_steps(self.teacher, module, hidden, batch, step, self.deep_keys)[-1]
+
+    def logits(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return logits on the scored tokens, [num_scored, draft_vocab_size], for ``features``."""
         return self.teacher.unembed(features[batch.scored], self.rows)
 
     def every_logits(
         self, module: nn.Module, hidden: torch.Tensor, batch: Batch, steps: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield logits and features on the scored tokens at draft steps 0 to ``steps - 1``; see ``logits``."""
+        """Yield logits and features on the scored tokens at draft steps 0 to ``steps - 1``."""
         for features in draft_steps(self.teacher, module, hidden, batch, steps - 1, self.deep_keys):
-            yield self.teacher.unembed(features[batch.scored], self.rows), features[batch.scored]
+            yield self.logits(features, batch), features[batch.scored]
 
     def agrees(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return whether head and full model choose alike, bool [num_scored]."""

@@ -103,4 +103,18 @@ def ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
     return -(log_q[:, 0] * target.drafted[:, 0]).mean()
 
 
+def feature_distance(features: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of a head's features to the full model's, over the latter's square.
+
+    A mean over tokens; a regression term as in EAGLE (Li et al., ICML 2024). It says more about a token than its most probable successors,
+    and is there for tokens that nobody answers, too.
+
+    Args:
+        features: After the final norm, [num_tokens, hidden_size].
+        final: The full model's final hidden state there, [num_tokens, hidden_size].
+    """
+    final = final.float()
+    return ((features.float() - final).pow(2).sum(dim=-1) / final.pow(2).sum(dim=-1).clamp(min=1e-6)).mean()
+
+
 LOSSES: dict[LossName, Callable[[torch.Tensor, Target], torch.Tensor]] = {"kl": kl, "tv": tv, "ce": ce}

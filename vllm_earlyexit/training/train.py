@@ -21,7 +21,7 @@ from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, 
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
 from vllm_earlyexit.training.classroom import Classroom, Students, agreement, frequent_tokens
-from vllm_earlyexit.training.losses import LOSSES, Target
+from vllm_earlyexit.training.losses import LOSSES, Target, feature_distance
 from vllm_earlyexit.training.packs import Packs, Records, on_device
 from vllm_earlyexit.training.plots import learning_curve
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
@@ -45,6 +45,7 @@ class TrainingOptions:
         intermediate_size: Width of the MLPs of ``mlp``, ``tail`` and ``recurrent``.
         draft_vocab_size: Most frequent tokens that can be drafted; 0 for all. Heads to start from bring their own.
         loss: Name of the loss.
+        feature_weight: Weight of the distance to the full model's features beside it.
         top_k: Use so many of the recorded target probabilities; None for all.
         epochs: Passes over the records.
         max_tokens: Stop after about so many scored tokens.
@@ -65,6 +66,7 @@ class TrainingOptions:
     intermediate_size: int = 1536
     draft_vocab_size: int = 16384
     loss: LossName = "kl"
+    feature_weight: float = 1.0
     top_k: int | None = None
     epochs: int = 1
     max_tokens: int | None = None
@@ -345,10 +347,12 @@ def _fit(
             target = Target(batch.top_ids[:, : options.top_k], batch.top_p[:, : options.top_k], classroom.index)
             # The Trainer's own autocast wraps a model's forward, which these heads do not have.
             with classroom.teacher.autocast():
-                losses = [
-                    loss_of(classroom.logits(module, batch.hidden[layer], batch, step), target)
-                    for _, layer, module in students.at()
-                ]
+                losses = []
+                for _name, layer, module in students.at():
+                    features = classroom.features(module, batch.hidden[layer], batch, step)
+                    losses.append(loss_of(classroom.logits(features, batch), target))
+                    if options.feature_weight:
+                        losses.append(options.feature_weight * feature_distance(features, batch.final))
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
                 raise EarlyExitError(
