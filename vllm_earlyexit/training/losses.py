@@ -106,8 +106,8 @@ def ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
 def feature_distance(features: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
     """Return the squared distance of a head's features to the full model's, over the latter's square.
 
-    A mean over tokens; a regression term as in EAGLE (Li et al., ICML 2024). It says more about a token than its most probable successors,
-    and is there for tokens that nobody answers, too.
+    A mean over tokens; a regression term as in EAGLE (Li et al., ICML 2024). It says more about a token than its most
+    probable successors, and is there for tokens that nobody answers, too.
 
     Args:
         features: After the final norm, [num_tokens, hidden_size].
