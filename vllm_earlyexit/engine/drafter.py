@@ -15,7 +15,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.head import Asked, CompiledExit, Head, SharedExit
+from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.heads.checkpoint import load_heads
@@ -74,9 +74,8 @@ class SelfExitDrafter:
         else:
             found = load_heads(Path(config.heads))
             layers = config.exit_layers
-            heads = [
-                CompiledExit(vllm_config, model, layer, found.modules[layer], found.draft_vocab) for layer in layers
-            ]
+            vocab = DraftVocab.of(vllm_config, model, found.draft_vocab)
+            heads = [CompiledExit(vllm_config, model, layer, found.modules[layer], vocab) for layer in layers]
             self.policy = build_policy(config, [found.config.exit(layer) for layer in layers])
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
 

@@ -84,6 +84,29 @@ class PagedLastLayer:
         return attention.attn(query, key, value)
 
 
+@dataclass(frozen=True)
+class DraftVocab:
+    """The tokens that heads can draft, and lm_head's rows for them; all exits share one.
+
+    Attributes:
+        token_ids: int64 [draft_vocab_size].
+        rows: From features [n, hidden_size] to logits [n, draft_vocab_size].
+    """
+
+    token_ids: torch.Tensor
+    rows: nn.Module
+
+    @staticmethod
+    def of(vllm_config: VllmConfig, model: Any, token_ids: torch.Tensor | None) -> "DraftVocab | None":
+        """Return the draft vocabulary of a loaded vLLM model; None for the full one."""
+        if token_ids is None:
+            return None
+        weight = model.lm_head.weight
+        token_ids = token_ids.to(weight.device)
+        with torch.device(weight.device), set_current_vllm_config(vllm_config):
+            return DraftVocab(token_ids, as_vllm(linear_of(weight[token_ids])))
+
+
 @support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0, "previous": 0})
 class TrainedExit(nn.Module):
     """A trained head, with the final norm and lm_head rows that it leans on; compiled as vLLM compiles models.
@@ -92,18 +115,18 @@ class TrainedExit(nn.Module):
         vllm_config: vLLM's.
         model: The exit-headed vLLM model.
         module: The trained part.
-        draft_vocab: Token ids that can be drafted, int64 [draft_vocab_size]; None for all of them.
+        vocab: What can be drafted; None for the full vocabulary.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, model: Any, module: nn.Module, draft_vocab: torch.Tensor | None):
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, module: nn.Module, vocab: "DraftVocab | None"):
         super().__init__()
         stack, weight = decoder_stack(model)[1], model.lm_head.weight
         self._layer, self._norm = stack.layers[-1], stack.norm
         module = module.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
         with torch.device(weight.device):
             self._module = as_vllm(module)
-            self._vocab = None if draft_vocab is None else draft_vocab.to(weight.device)
-            self._rows = None if self._vocab is None else as_vllm(linear_of(weight[self._vocab]))
+        self._vocab = None if vocab is None else vocab.token_ids
+        self._rows = None if vocab is None else vocab.rows
         self._model = [model]  # in a list, so that it is not a child
 
     def forward(
@@ -126,9 +149,7 @@ class CompiledExit:
     vLLM's cache knows a graph by the forward's qualified name, so every exit gets a forward of its own name.
     """
 
-    def __init__(
-        self, vllm_config: VllmConfig, model: Any, layer: int, module: nn.Module, draft_vocab: torch.Tensor | None
-    ):
+    def __init__(self, vllm_config: VllmConfig, model: Any, layer: int, module: nn.Module, vocab: "DraftVocab | None"):
         @functools.wraps(TrainedExit.forward)
         def forward(exit_: TrainedExit, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             return TrainedExit.forward(exit_, *arguments)
@@ -137,7 +158,7 @@ class CompiledExit:
         forward.__qualname__ = f"{name}.forward"
         own: Any = type(name, (TrainedExit,), {"forward": forward, "__module__": __name__})
         with set_current_vllm_config(vllm_config), set_model_tag(f"exit_head_{layer}"):
-            self.exit = own(vllm_config=vllm_config, model=model, module=module, draft_vocab=draft_vocab)
+            self.exit = own(vllm_config=vllm_config, model=model, module=module, vocab=vocab)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
         """Ask the head; see ``Head``."""
