@@ -113,8 +113,9 @@ def main(
     chosen = [row for row in rows(tokens) if only in row.name]
     tasks = [
         Task(row, seed, model, [folders[name] for name in row.data], test, row.exit_layer or exit_layer, test_tokens)
+        for seed in SEEDS  # an interrupted run has seen every row at least once
         for row in chosen
-        for seed in row.seeds
+        if seed in row.seeds
     ]
     table: dict[str, dict[str, Any]] = {}
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)

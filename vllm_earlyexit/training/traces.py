@@ -56,8 +56,9 @@ def observe(classroom: Classroom, heads: Heads, packs: Packs, steps: int) -> dic
         lengths += [int(part.sum()) for part in batch.scored.split(batch.lengths.tolist())]
         documents += batch.windows[:, 0].tolist()
         for layer, module in heads.modules.items():
-            hidden = batch.hidden[layer]
-            for step, (logits, features) in enumerate(classroom.every_logits(module, hidden, batch, steps)):
+            with classroom.teacher.autocast():
+                said = list(classroom.every_logits(module, batch.hidden[layer], batch, steps))
+            for step, (logits, features) in enumerate(said):
                 top = logits.float().topk(2).values - logits.float().logsumexp(dim=-1, keepdim=True)
                 kept = features.half() if step == 0 else features[:0].half()
                 agrees = classroom.agrees(logits, batch)
