@@ -32,6 +32,8 @@ DRAFT_STEPS = (0, 1, 0, 2, 0, 3)
 CHECKPOINTS = ".training"
 LEARNING_RATE = 0.5
 """Over the hidden size; wider heads want smaller steps. 2e-3, fine at width 576, undoes a good start at width 896."""
+GOING_ON = 0.25
+"""Share of that for heads that were trained before; at half of it, heads of width 896 first lost what they had."""
 START_TOKENS = 60_000
 MEASURED_TOKENS = 12_000
 
@@ -50,7 +52,8 @@ class TrainingOptions:
         epochs: Passes over the records.
         max_tokens: Stop after about so many scored tokens.
         batch_tokens: Tokens of a step, prompts included.
-        learning_rate: At its peak; it falls along a cosine. None for ``LEARNING_RATE`` / the model's hidden size.
+        learning_rate: At its peak; it falls along a cosine. None for ``LEARNING_RATE`` / the model's hidden size,
+            or ``GOING_ON`` of that with ``start_from``.
         warmup: Share of the steps until then.
         evaluations: How often held-out agreement is measured.
         patience: Stop after so many measurements without improvement.
@@ -122,7 +125,8 @@ def train_heads(
             f"{', '.join(map(str, records))}: too few documents to train on some and hold out others; collect more"
         )
     teacher = Teacher(folder, device)
-    options = replace(options, learning_rate=options.learning_rate or LEARNING_RATE / teacher.hidden_size)
+    rate = LEARNING_RATE / teacher.hidden_size * (1 if options.start_from is None else GOING_ON)
+    options = replace(options, learning_rate=options.learning_rate or rate)
     known = _known_heads(opened.config, options)
     draft_vocab = (
         known.draft_vocab
