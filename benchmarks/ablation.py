@@ -6,6 +6,7 @@ OWN and TEXT are records of the model's own answers and of raw text, TEST of gre
 is measured on TEST, which nothing is chosen by.
 """
 
+import json
 import os
 import statistics
 import tempfile
@@ -52,7 +53,7 @@ def rows(tokens: int) -> Iterator[Row]:
     yield Row("kind: shared", replace(base, kinds=("shared",)))
     yield Row("recurrent without deep keys", replace(base, deep_keys=False), seeds=SEEDS)
     yield Row("tail without deep keys", replace(base, kinds=("tail",), deep_keys=False))
-    yield Row("raw text", base, data=("text",))
+    yield Row("raw text", replace(base, held_out=0.1), data=("text",))  # a few long documents
     yield Row("own answers and raw text", base, data=("own", "text"))
     yield Row("without the distance to features", replace(base, feature_weight=0.0), seeds=SEEDS)
     yield Row("loss: total variation", replace(base, loss="tv"))
@@ -117,7 +118,9 @@ def main(
         for row in chosen
         if seed in row.seeds
     ]
-    table: dict[str, dict[str, Any]] = {}
+    shape = {"exit_layer": exit_layer, "scored_tokens": tokens, "test_tokens": test_tokens}
+    table = known_rows(out, shape)
+    tasks = [t for t in tasks if t.seed >= len(table.get(t.row.name, {}).get("agreement_per_seed", []))]
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for task, (agreed, coverage, seconds) in zip(tasks, pool.map(run, tasks), strict=True):
@@ -129,8 +132,17 @@ def main(
             line["seconds"].append(seconds)
             each = zip(*line["agreement_per_seed"], strict=True)
             line["agreement"] = [round(statistics.mean(values), 4) for values in each]
-            shape = {"exit_layer": exit_layer, "scored_tokens": tokens, "test_tokens": test_tokens, "jobs": jobs}
             write_result(out, "ablation", shape | {"rows": list(table.values())})
+
+
+def known_rows(out: Path, shape: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Return by name the rows that an interrupted run has left in ``out``, if it was of the same ``shape``."""
+    if not out.exists():
+        return {}
+    found = json.loads(out.read_text())
+    if any(found[name] != value for name, value in shape.items()):
+        return {}
+    return {line["row"]: line for line in found["rows"]}
 
 
 if __name__ == "__main__":
