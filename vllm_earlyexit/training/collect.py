@@ -219,12 +219,13 @@ class Collector:
                     if options.max_tokens is None:
                         progress.advance(bar, size)
 
-            tokens = 0
+            before = self.done.tokens
             for group in grouped(windows(), options.shard_tokens):
                 self._write(source.observe(group))
                 here = sum(len(window.ids) for window in group)
-                self.done.tokens, tokens = self.done.tokens + here, tokens + here
-                progress.update(bar, rate=f"{tokens / max(1e-9, progress.get_time() - began):.0f} tokens/s")
+                self.done.tokens += here
+                rate = (self.done.tokens - before) / max(1e-9, progress.get_time() - began)
+                progress.update(bar, rate=f"{rate:.0f} tokens/s")
                 if options.max_tokens is not None:
                     progress.advance(bar, here)
 
