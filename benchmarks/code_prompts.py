@@ -1,6 +1,6 @@
-"""Prompts about code to train a code model's heads on: functions of Python's standard library, to be completed.
+"""Prompts about code to train a code model's heads on: documented functions, to be completed.
 
-python -m benchmarks.code_prompts --out FILE.jsonl
+python -m benchmarks.code_prompts --package sympy --package networkx --out FILE.jsonl
 """
 
 import ast
@@ -17,6 +17,7 @@ import typer
 ASKED = (
     "Write the body of this Python function.\n\n```python\n{}\n```",
     "Implement the function below.\n```python\n{}\n```",
+    "Here is a function without its body:\n\n{}\n\nAnswer with the finished function and nothing else.",
     "{}\n\nFinish this function and explain how it works.",
     "Can you write this function for me? Only code please.\n\n{}",
 )
@@ -34,17 +35,35 @@ def functions(source: str) -> Iterator[str]:
                 yield text
 
 
-def main(out: Annotated[Path, typer.Option()]) -> None:
-    """Write one prompt for every documented function of this Python's standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def sources(packages: list[str]) -> Iterator[tuple[str, Path]]:
+    """Yield name and path of every module of the standard library and of ``packages``, without their tests."""
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["stdlib"]), *(Path(paths["purelib"]) / name for name in packages)]
+    for root in roots:
+        if not root.is_dir():
+            raise SystemExit(f"no package of this name is installed: {root.name}")
+        for path in sorted(root.rglob("*.py")):
+            name = str(path.relative_to(root))
+            if (
+                not name.startswith(("site-packages", "idlelib"))
+                and "tests" not in path.parts
+                and "test" not in path.parts
+            ):
+                yield f"{root.name}/{name}", path
+
+
+def main(
+    out: Annotated[Path, typer.Option()],
+    package: Annotated[list[str] | None, typer.Option(help="An installed package to read as well.")] = None,
+    examples: Annotated[bool, typer.Option(help="Only functions that are no methods and show examples.")] = False,
+) -> None:
+    """Write one prompt for every documented function of this Python's standard library and of some packages."""
     found: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
-        name = str(path.relative_to(root))
-        if name.startswith(("site-packages", "test/", "idlelib", "lib2to3/tests")):
-            continue
+    for name, path in sources(package or []):
         try:
             for number, text in enumerate(functions(path.read_text(encoding="utf-8"))):
-                found.setdefault(text, f"{name}:{number}")
+                if not examples or (">>>" in text and "(self" not in text):
+                    found.setdefault(text, f"{name}:{number}")
         except (SyntaxError, UnicodeDecodeError):
             continue
     prompts = [

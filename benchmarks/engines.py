@@ -68,13 +68,17 @@ class Engine(Protocol):
     def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
         """Answer all prompts, ``concurrency`` at a time."""
 
+    def limit(self, length: int) -> None:
+        """Draft at most so many tokens from now on."""
+
 
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
 
-    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``entropy``: the calibrated threshold. ``fixed:E:K``:
-    LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared,
-    untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:K``: vLLM's prompt lookup.
+    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``entropy``: the
+    calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``:
+    the same with LayerSkip's shared, untrained head; without numbers 4 tokens after a quarter of the layers.
+    ``ngram:K``: vLLM's prompt lookup.
     """
     name, *numbers = config.split(":")
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
@@ -83,6 +87,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             return None
         case "self-exit", []:
             return ours
+        case "heads-only", []:
+            return ours | {"prompt_lookup": False}
         case "entropy", []:
             return ours | {"policy": "entropy"}
         case "fixed", [layer, length]:
@@ -95,7 +101,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
         case "ngram", [length]:
             return {"method": "ngram", "num_speculative_tokens": length, "prompt_lookup_max": 4}
     raise ValueError(
-        f"there is no configuration {config!r}; write ar, self-exit, entropy, fixed:LAYER:LENGTH, "
+        f"there is no configuration {config!r}; write ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, "
         "layerskip[:LAYER:LENGTH], ngram:LENGTH or transformers:LAYER"
     )
 
@@ -152,6 +158,16 @@ class VLLMEngine:
         answers = [outputs[number] for number in range(first, self._number)]
         return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts)
 
+    def limit(self, length: int) -> None:
+        """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
+        proposer = runner_of(self._llm).drafter
+        propose = type(proposer).propose
+
+        def limited(runner: Any, sampled: Any, sampled_from: Any, verified: Any, longest: int) -> Any:
+            return propose(proposer, runner, sampled, sampled_from, verified, min(longest, length))
+
+        proposer.propose = limited
+
     def _counts(self) -> list[int]:
         prefix = "vllm:spec_decode_num_"
         found = {metric.name.removeprefix(prefix): metric for metric in self._llm.get_metrics()}
@@ -190,6 +206,14 @@ class TransformersEngine:
             outputs.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
         return Run(time.perf_counter() - started, outputs)
 
+    def limit(self, length: int) -> None:
+        """transformers chooses by itself."""
+
+
+def runner_of(llm: Any) -> Any:
+    """Return the model runner of an in-process V1 engine."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
 
 def build(config: str, setup: Setup) -> Engine:
     """Return the engine of a configuration; see ``speculative_config``, and ``transformers:E``."""
@@ -217,7 +241,7 @@ def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) ->
 @contextmanager
 def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of a step's parts in ``parts`` while an in-process V1 engine runs."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     drafter = getattr(getattr(runner, "drafter", None), "drafter", None)
     watched: list[tuple[str, Any, str]] = [("lm_head", runner.model, "compute_logits")]
     if drafter is None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.engines import timed
+from benchmarks.engines import runner_of, timed
 from benchmarks.results import write_result
 from vllm_earlyexit.training.records import read_records
 
@@ -47,7 +47,7 @@ def main(
         enable_prefix_caching=False,
         speculative_config=setting | ({"model": heads} if heads else {}),
     )
-    runner: Any = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner  # type: ignore
+    runner = runner_of(llm)
     proposer = runner.drafter
     (drafted_from,) = proposer.drafter.exits
     seconds: dict[str, float] = {}

@@ -3,15 +3,17 @@
     python -m benchmarks.throughput --model MODEL --prompts FILE.jsonl --num-prompts 20 --max-tokens 128
         --concurrency 1 8 --configs ar layerskip:8:3 self-exit --repeats 5 --out FOLDER
 
-Every configuration is a Ray actor in a process of its own. On one machine the engines stay up and take turns, one run
-at a time, through all repeats, so that a noisy machine is equally unkind to all of them; with ``--ray-address`` actors
-spread over a cluster's nodes. Writes results.json, a list of records, and pictures beside it.
+Every configuration is a Ray actor in a process of its own, but for draft lengths of one exit and head, which share one.
+On one machine the engines stay up and take turns, one run at a time, through all repeats, so that a noisy machine is
+equally unkind to all of them; with ``--ray-address`` actors spread over a cluster's nodes. Writes results.json, a list
+of records, and pictures beside it.
 """
 
 import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,31 @@ WARM_UP = 2
 
 
 class Contestant:
-    """One configuration's engine, as a Ray actor."""
+    """One configuration's engine, as a Ray actor; it also stands for the same configuration with shorter drafts."""
 
     def __init__(self, config: str, setup: Setup, prompts: list[str]):
+        started = time.perf_counter()
         self._engine, self._prompts = build(config, setup), prompts
+        self._start = time.perf_counter() - started
         self._engine.run(prompts[:WARM_UP], 1)
 
-    def run(self, concurrency: int, split: bool = False) -> Run:
-        """Answer all prompts."""
+    def start_seconds(self) -> float:
+        """Return how long the engine took to start; what vLLM's compilation cache had is not compiled again."""
+        return self._start
+
+    def run(self, concurrency: int, length: int | None, split: bool = False) -> Run:
+        """Answer all prompts, drafting at most ``length`` tokens at a time if that is a number."""
+        if length is not None:
+            self._engine.limit(length)
         return self._engine.run(self._prompts, concurrency, split)
+
+
+def family(config: str) -> tuple[str, int | None]:
+    """Return what of a configuration decides its engine, and the draft length if that may be changed afterwards."""
+    name, *numbers = config.split(":")
+    if name in ("fixed", "layerskip") and len(numbers) == 2:
+        return f"{name}:{numbers[0]}", int(numbers[1])
+    return config, None
 
 
 def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, int, str]]:
@@ -51,9 +69,19 @@ def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterato
 
 
 def record(
-    setup: Setup, prompts: Path, config: str, concurrency: int, runs: list[Run], plain: list[Run] | None
+    setup: Setup, prompts: Path, config: str, concurrency: int, runs: list[Run], plain: list[Run] | None, alone: Run
 ) -> dict[str, Any]:
-    """Return one record of results.json from all repeats of a configuration at a concurrency."""
+    """Return one record of results.json from all repeats of a configuration at a concurrency.
+
+    Args:
+        setup: What all configurations share.
+        prompts: Their file.
+        config: The configuration.
+        concurrency: Requests at a time.
+        runs: Its repeats.
+        plain: Plain decoding's at the same concurrency; None if this is plain decoding.
+        alone: A plain run at the smallest concurrency: that plain outputs differ from its shows what rounding does.
+    """
     speeds = [run.tokens / run.seconds for run in runs]
     ratios = [speed / (base.tokens / base.seconds) for speed, base in zip(speeds, plain or [], strict=bool(plain))]
     first = runs[0]
@@ -61,6 +89,7 @@ def record(
     drafts = sum(run.drafts for run in runs)
     speed = statistics.median(speeds)
     same = [a == b for a, b in zip(first.outputs, plain[0].outputs, strict=True)] if plain else []
+    as_alone = sum(a == b for a, b in zip(first.outputs, alone.outputs, strict=True))
     return {
         "config": config,
         "model": Path(setup.model).name,
@@ -79,13 +108,14 @@ def record(
         "accepted_at": [sum(at) for at in zip(*(run.accepted_at for run in runs), strict=True)],
         "drafts": drafts,
         "identical_outputs": sum(same) if plain else None,
+        "identical_to_plain_at_smallest_concurrency": as_alone,
         "repeats": [round(value, 2) for value in speeds],
         "ratios": [round(value, 3) for value in ratios],
     }
 
 
 def start(configs: list[str], setup: Setup, prompts: list[str], address: str | None) -> dict[str, Any]:
-    """Start one actor for each configuration, one after the other, and return them by name."""
+    """Start actors one after the other and return them by configuration; configurations of a family share one."""
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -97,11 +127,12 @@ def start(configs: list[str], setup: Setup, prompts: list[str], address: str | N
     environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # Ray would set it to num_cpus
     placed: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if address else {}
     actor = ray.remote(Contestant).options(num_cpus=1, runtime_env={"env_vars": environment}, **placed)
-    contestants = {}
-    for config in configs:
-        contestants[config] = actor.remote(config, setup, prompts)
-        ray.get(contestants[config].__ray_ready__.remote())
-    return contestants
+    engines: dict[str, Any] = {}
+    for config in sorted(configs, key=lambda name: -(family(name)[1] or 0)):  # the longest drafts' engine serves all
+        if family(config)[0] not in engines:
+            engines[family(config)[0]] = started = actor.remote(config, setup, prompts)
+            ray.get(started.__ray_ready__.remote())
+    return {config: engines[family(config)[0]] for config in configs}
 
 
 def parsed() -> argparse.Namespace:
@@ -117,7 +148,8 @@ def parsed() -> argparse.Namespace:
         "--configs",
         nargs="+",
         default=["ar", "self-exit"],
-        help="ar, self-exit, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:LENGTH, transformers:LAYER.",
+        help="ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:LENGTH, "
+        "transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
@@ -154,18 +186,19 @@ def main() -> None:
     try:
         console.print(f"starting {', '.join(configs)} …")
         contestants = start(configs, setup, asked, options.ray_address)
+        starts = {name: round(ray.get(one.start_seconds.remote()), 1) for name, one in contestants.items()}
         schedule = list(turns(configs, options.concurrency, options.repeats))
         with Progress(console=console) as progress:
             bar = progress.add_task("running", total=len(schedule))
             for _, width, name in schedule:
-                runs.setdefault((name, width), []).append(ray.get(contestants[name].run.remote(width)))
+                runs.setdefault((name, width), []).append(ray.get(contestants[name].run.remote(width, family(name)[1])))
                 progress.advance(bar)
-                write(options.out, setup, options.prompts, runs, {})
+                write(options.out, setup, options.prompts, runs, {}, starts)
         ours = [name for name in configs if not name.startswith(("transformers", "ngram"))]
-        splits = {name: ray.get(contestants[name].run.remote(1, split=True)) for name in ours}
+        splits = {name: ray.get(contestants[name].run.remote(1, family(name)[1], split=True)) for name in ours}
     finally:
         ray.shutdown()
-    records = write(options.out, setup, options.prompts, runs, splits)
+    records = write(options.out, setup, options.prompts, runs, splits, starts)
     console.print(_table(records))
     speed_against_concurrency(records, options.out / "speed.png")
     acceptance_by_position(records, options.out / "acceptance.png")
@@ -173,7 +206,12 @@ def main() -> None:
 
 
 def write(
-    out: Path, setup: Setup, prompts: Path, runs: dict[tuple[str, int], list[Run]], splits: dict[str, Run]
+    out: Path,
+    setup: Setup,
+    prompts: Path,
+    runs: dict[tuple[str, int], list[Run]],
+    splits: dict[str, Run],
+    starts: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Write results.json from all runs that have their plain counterpart; return its records."""
     records, source = [], provenance("python -m benchmarks.throughput")
@@ -181,7 +219,9 @@ def write(
         plain = runs.get(("ar", width), [])
         if name != "ar" and 0 < len(plain) < len(done):
             continue
-        item = record(setup, prompts, name, width, done, plain[: len(done)] if name != "ar" else None)
+        alone = runs.get(("ar", min(width for _, width in runs)), done)[0]
+        item = record(setup, prompts, name, width, done, plain[: len(done)] if name != "ar" else None, alone)
+        item["start_seconds"] = starts.get(name)
         if width == 1 and (split := splits.get(name)):
             spent = split.split | {"engine": split.seconds - sum(split.split.values())}
             item["ms_per_token_by_part"] = {part: round(1000 * s / split.tokens, 3) for part, s in spent.items()}

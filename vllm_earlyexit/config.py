@@ -19,7 +19,7 @@ METHOD = "self_exit"
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
 PolicyName = Literal["auto", "entropy", "fixed"]
-DEFAULT_DRAFT_LENGTH = 4
+DEFAULT_DRAFT_LENGTH, AUTO_DRAFT_LENGTH = 4, 8
 MAX_DRAFT_LENGTH = 64
 
 
@@ -47,6 +47,10 @@ class Knobs(BaseModel):
     target_accuracy: Annotated[
         float | None, Field(gt=0, lt=1, description="entropy policy: calibrated accuracy of what is drafted")
     ] = None
+    prompt_lookup: Annotated[
+        bool | None,
+        Field(description="auto policy: where a sequence repeats itself, draft what followed before; true by default"),
+    ] = None
     head: Annotated[
         Literal["trained", "shared"],
         Field(description="'shared' is LayerSkip's: final norm and lm_head, no heads needed"),
@@ -63,6 +67,7 @@ class EarlyExitConfig:
         num_speculative_tokens: Longest draft.
         policy: ``auto``, ``entropy`` or ``fixed``.
         entropy_thresholds: Nats, one for each exit; the entropy policy drafts a token whose entropy is at most this.
+        prompt_lookup: Whether the auto policy may copy from a sequence's own text instead of drafting.
         head_shape: What of the heads shapes their compiled graphs.
     """
 
@@ -71,6 +76,7 @@ class EarlyExitConfig:
     num_speculative_tokens: int
     policy: PolicyName
     entropy_thresholds: tuple[float, ...] = ()
+    prompt_lookup: bool = False
     head_shape: str = "shared"
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,6 +199,7 @@ def _asked_layers(knobs: Knobs) -> tuple[int, ...]:
 def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
     if knobs.model is not None:
         raise EarlyExitError("self-exit: head='shared' uses no trained heads; drop either 'model' or 'head'")
+    _check_lookup(knobs, "fixed")
     layers = _asked_layers(knobs)
     if not layers:
         raise EarlyExitError("self-exit: head='shared' needs exit_layer, since there is no calibration to choose it")
@@ -207,6 +214,11 @@ def _check_one(layers: tuple[int, ...], policy: str) -> None:
         raise EarlyExitError("self-exit: policy='fixed' drafts from one exit; give one exit_layer")
 
 
+def _check_lookup(knobs: Knobs, policy: str) -> None:
+    if policy != "auto" and knobs.prompt_lookup:
+        raise EarlyExitError("self-exit: prompt_lookup belongs to policy='auto'; drop it or change the policy")
+
+
 def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
     best = heads.recommended
     layers = _asked_layers(knobs) or (best.exit_layer if best else heads.exits[0].exit_layer,)
@@ -215,10 +227,12 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     mapped = all(e.calibration is not None and e.calibration.positions for e in exits)
     policy = knobs.policy or _default_policy(knobs, calibrated=calibrated, mapped=mapped)
     _check_one(layers, policy)
-    length = best.num_speculative_tokens if best and policy != "auto" else DEFAULT_DRAFT_LENGTH
+    length = best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH
+    length = AUTO_DRAFT_LENGTH if policy == "auto" else length
     draft_length = knobs.num_speculative_tokens or length
     if policy != "entropy" and knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
+    _check_lookup(knobs, policy)
     if (policy == "entropy" and not calibrated) or (policy == "auto" and not mapped):
         raise EarlyExitError(
             f"self-exit: the heads in {where} are not calibrated; run 'vllm-earlyexit calibrate' or use policy='fixed'"
@@ -231,7 +245,8 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
         exits = [e for e in heads.exits if e.calibration is not None and e.calibration.positions]
     shape = ", ".join(f"{e.kind} {e.intermediate_size} {heads.draft_vocab_size}" for e in exits)
     layers = tuple(e.exit_layer for e in exits)
-    return EarlyExitConfig(str(where.resolve()), layers, draft_length, policy, thresholds, shape)
+    lookup = policy == "auto" and knobs.prompt_lookup is not False
+    return EarlyExitConfig(str(where.resolve()), layers, draft_length, policy, thresholds, lookup, shape)
 
 
 def _default_policy(knobs: Knobs, *, calibrated: bool, mapped: bool) -> PolicyName:

@@ -1,6 +1,7 @@
 """Greedy outputs of self-exit vLLM are those of plain vLLM, token for token."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tests.engine.conftest import counters, engine, runner_of
 from tests.engine.heads import random_heads
 from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.engine.cost import StepTimes
+from vllm_earlyexit.engine.lookup import Repeat
+from vllm_earlyexit.engine.policy import Copy
 from vllm_earlyexit.heads.checkpoint import read_config
 from vllm_earlyexit.heads.fingerprint import fingerprint
 
@@ -77,8 +80,8 @@ def draft_from_each_exit_in_turn(policy: Any) -> None:
     assert len(policy.times) > 1
     policy.times = [CHEAP] * len(policy.times)
 
-    def begin_elsewhere(num_seqs: int) -> bool:
-        drafts = begin(num_seqs)
+    def begin_elsewhere(num_seqs: int, lookup: Any) -> bool:
+        drafts = begin(num_seqs, lookup)
         policy.exit = next(exits)
         return drafts
 
@@ -125,6 +128,29 @@ def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference):
             plain.check(answer(llm, plain.prompts, batch_size), batch_size)
         assert counters(llm)["accepted_tokens"] > 0
     assert lifted > 100
+
+
+def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference):
+    """Sequences that are copied, whatever that is worth, stand beside others that are drafted for."""
+    setting = {"method": "self_exit", "policy": "auto"}
+    with engine(smollm2, speculative_config=setting) as llm:
+        policy = runner_of(llm).drafter.drafter.policy
+        draft_from_each_exit_in_turn(policy)
+        copied = 0
+
+        def copy_all(repeats: Sequence[Repeat], drafting: float) -> dict[int, Copy]:
+            nonlocal copied
+            found = {row: Copy(r.length, len(r.tokens), 0.0) for row, r in enumerate(repeats) if r.tokens}
+            copied += len(found)
+            return found
+
+        policy._worth_copying = copy_all
+        for batch_size in (8, 1):
+            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        counted = counters(llm)
+    assert copied > 100
+    assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
+    assert counted["drafts"] > copied, "heads drafted as well"
 
 
 def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):

@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vllm_earlyexit.heads.checkpoint import Calibration, ExitHeadConfig, Heads, HeadsConfig, Recommendation, Threshold
+from vllm_earlyexit.heads.checkpoint import (
+    Calibration,
+    ExitHeadConfig,
+    Heads,
+    HeadsConfig,
+    PositionCalibration,
+    Recommendation,
+    Threshold,
+)
 from vllm_earlyexit.heads.fingerprint import fingerprint
 from vllm_earlyexit.heads.modules import HeadKind, build_head
 
@@ -24,7 +32,10 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def calibration() -> Calibration:
+def calibration(mapped: bool = False) -> Calibration:
+    position = PositionCalibration(
+        agreement=0.5, entropy=(0.1, 2.0), probability=(0.9, 0.1), expected_calibration_error=0.01
+    )
     return Calibration(
         tokens=100,
         agreement=0.5,
@@ -32,10 +43,13 @@ def calibration() -> Calibration:
             Threshold(accuracy=0.7, entropy=1.5, coverage=0.5),
             Threshold(accuracy=0.9, entropy=0.5, coverage=0.2),
         ),
+        positions=(position,) if mapped else (),
     )
 
 
-def make_heads(folder: Path, model: Path, kind: HeadKind = "mlp", calibrated: bool = True) -> Path:
+def make_heads(
+    folder: Path, model: Path, kind: HeadKind = "mlp", calibrated: bool = True, mapped: bool = False
+) -> Path:
     """Write heads with exits after layers 1 and 2 and a trimmed vocabulary."""
     config = HeadsConfig(
         base_model="tiny",
@@ -49,7 +63,7 @@ def make_heads(folder: Path, model: Path, kind: HeadKind = "mlp", calibrated: bo
                 exit_layer=layer,
                 kind=kind,
                 intermediate_size=16 if kind == "mlp" else 0,
-                calibration=calibration() if calibrated else None,
+                calibration=calibration(mapped) if calibrated else None,
             )
             for layer in (1, 2)
         ),

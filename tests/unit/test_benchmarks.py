@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.engines import Run, Setup, speculative_config
 from benchmarks.roofline import H100, SHAPES, best, speedup
-from benchmarks.throughput import record, turns
+from benchmarks.throughput import family, record, turns
 
 SETUP = Setup("model", "heads", "bfloat16", True, 8, 4, 64)
 
@@ -18,7 +18,8 @@ def test_a_record_compares_each_repeat_with_plain_decoding_of_the_same_repeat():
         Run(1.0, [[1, 2], [3, 5]], drafts=3, drafted=4, accepted=2, accepted_at=[1, 1]),
         Run(1.0, [[1, 2], [3, 5]], drafts=2, drafted=2, accepted=1, accepted_at=[1, 0]),
     ]
-    found = record(SETUP, Path("dir/prompts.jsonl"), "self-exit", 2, ours, plain)
+    alone = Run(1.0, [[1, 2], [3, 6]])
+    found = record(SETUP, Path("dir/prompts.jsonl"), "self-exit", 2, ours, plain, alone)
     assert found["speedup_vs_ar"] == 2.0  # the median of 2, 4 and 1
     assert found["tokens_per_s"] == 4.0
     assert found["ms_per_token"] == 250.0
@@ -27,7 +28,8 @@ def test_a_record_compares_each_repeat_with_plain_decoding_of_the_same_repeat():
     assert found["accepted_at"] == [4, 1]
     assert found["identical_outputs"] == 1
     assert found["repeats"] == [4.0, 4.0, 4.0]
-    assert record(SETUP, Path("p"), "ar", 2, plain, None)["speedup_vs_ar"] is None
+    assert found["identical_to_plain_at_smallest_concurrency"] == 1
+    assert record(SETUP, Path("p"), "ar", 2, plain, None, plain[0])["speedup_vs_ar"] is None
 
 
 def test_configurations_take_turns_in_alternating_order():
@@ -36,9 +38,16 @@ def test_configurations_take_turns_in_alternating_order():
     assert order[5:] == [(1, "transformers:8"), (1, "self-exit"), (1, "ar"), (8, "self-exit"), (8, "ar")]
 
 
+def test_draft_lengths_of_one_exit_and_head_share_an_engine():
+    assert family("fixed:8:3") == ("fixed:8", 3)
+    assert family("layerskip:4:1") == ("layerskip:4", 1)
+    assert [family(name) for name in ("ngram:4", "self-exit")] == [("ngram:4", None), ("self-exit", None)]
+
+
 def test_configurations_are_spelled_and_misspelled_ones_refused():
     assert speculative_config("ar", SETUP) is None
     assert speculative_config("self-exit", SETUP) == {"method": "self_exit", "model": "heads"}
+    assert speculative_config("heads-only", SETUP) == {"method": "self_exit", "model": "heads", "prompt_lookup": False}
     layerskip = speculative_config("layerskip:8:3", SETUP)
     assert layerskip == {"method": "self_exit", "head": "shared", "exit_layer": 8, "num_speculative_tokens": 3}
     for wrong in ("plain", "fixed", "fixed:8", "ngram:3:4"):

@@ -130,6 +130,17 @@ def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path):
         resolve(Knobs(model=str(heads), policy="entropy"), str(model))
 
 
+def test_prompt_lookup_belongs_to_auto(tmp_path: Path, model: Path, heads: Path):
+    assert not resolve(Knobs(model=str(heads)), str(model)).prompt_lookup
+    for knobs in (Knobs(model=str(heads), prompt_lookup=True), Knobs(head="shared", exit_layer=2, prompt_lookup=True)):
+        with pytest.raises(EarlyExitError, match="prompt_lookup belongs to policy='auto'"):
+            resolve(knobs, str(model))
+    mapped = make_heads(tmp_path / "mapped", model, mapped=True)
+    for asked, expected in ((None, True), (True, True), (False, False)):
+        config = resolve(Knobs(model=str(mapped), prompt_lookup=asked), str(model))
+        assert (config.policy, config.prompt_lookup, config.num_speculative_tokens) == ("auto", expected, 8)
+
+
 def test_heads_are_found_beside_the_model(model: Path):
     beside = make_heads(model / "self_exit_heads", model)
     assert resolve(Knobs(), str(model)).heads == str(beside)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
-from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Policy
+from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Lookup, Policy, nothing
 
 ENTROPY = np.linspace(0, 4, 32)
 LONGEST = 6
@@ -242,7 +242,7 @@ class FixedLength(FixedPolicy):
     def __init__(self, length: int):
         self.length = length
 
-    def begin(self, num_seqs: int) -> bool:
+    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
         self.left = self.length
         return self.length > 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.checkpoint import write_whole
 
 logger = logging.getLogger("vllm.earlyexit")
@@ -173,3 +174,25 @@ class Acceptance:
         """Move a little back to calibration; called when nothing is drafted, so that drafting is tried again."""
         self._expected *= self.FORGET
         self._seen *= self.FORGET
+
+
+class Copying:
+    """How often copied tokens are accepted, one by one, by how many of the newest tokens occurred before."""
+
+    PRIOR = 10.0
+    """Verified tokens that the first guess is worth."""
+    MEMORY = 0.99
+
+    def __init__(self) -> None:
+        self._seen = [[self.PRIOR * (1 - 0.5 ** (length / 2)), self.PRIOR] for length in range(LONGEST + 1)]
+
+    def of(self, length: int) -> float:
+        """Return the acceptance probability of a copied token if those before it are accepted."""
+        accepted, verified = self._seen[length]
+        return accepted / verified
+
+    def learn(self, length: int, verified: int, accepted: int) -> None:
+        """Take note of a copy of ``verified`` tokens of which the first ``accepted`` were accepted."""
+        seen = self._seen[length]
+        seen[0] = self.MEMORY * seen[0] + accepted
+        seen[1] = self.MEMORY * seen[1] + min(verified, accepted + 1)

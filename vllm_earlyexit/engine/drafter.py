@@ -16,13 +16,14 @@ from vllm.sequence import IntermediateTensors
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
+from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.heads.checkpoint import load_heads
 
-KVContext = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AbstractContextManager[None]]
-"""Given some of a round's rows, how many tokens of each, both int64 [n], and the positions of all these tokens, int64
-[num_tokens], a forward context of them."""
+KVContext = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], AbstractContextManager[None]]
+"""Given some of a round's rows, rising, how many tokens of each (None for one), both int64 [n], and the positions of
+all these tokens, int64 [num_tokens], a forward context of them."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,40 @@ class SelfExitDrafter:
             vocab = DraftVocab.of(vllm_config, model, found.draft_vocab)
             heads = [CompiledExit(vllm_config, model, layer, found.modules[layer], vocab) for layer in layers]
             self.policy = build_policy(config, [found.config.exit(layer) for layer in layers])
+        self._prompt_lookup = config.prompt_lookup
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
 
-    def draft(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> list[list[int]]:
+    def draft(
+        self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext, repeat: Callable[[int], Repeat]
+    ) -> list[list[int]]:
         """Draft until every sequence has stopped; return the drafted tokens of each.
 
         Args:
             frontier: The sequences, each at its newest token; afterwards it holds what is pending.
             previous: The full model's final hidden state of the token before that, [num_seqs, hidden_size].
             kv_context: Where a step's KV is.
+            repeat: From a row to what followed when the sequence's newest tokens last occurred in it.
         """
-        previous = previous.clone()
-        if not self.policy.begin(frontier.num_seqs):
-            return frontier.drafts()
+        repeats: list[Repeat] = []
+
+        def lookup() -> list[Repeat]:
+            if self._prompt_lookup:
+                repeats.extend(map(repeat, range(frontier.num_seqs)))
+            return repeats
+
+        ask = self.policy.begin(frontier.num_seqs, lookup)
+        for row, count in self.policy.copied.items():
+            frontier.copy(row, list(repeats[row].tokens[:count]))
+        if ask:
+            self._ask(frontier, previous.clone(), kv_context)
+        return frontier.drafts()
+
+    def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:
+        """Draft with the heads until every sequence has stopped."""
         while (step := frontier.step) is not None:
             cut = self.policy.exit
             before = previous[step.rows]
-            with kv_context(step.rows, torch.ones_like(step.rows), step.positions):
+            with kv_context(step.rows, None, step.positions):
                 at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
                 asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
@@ -113,7 +131,6 @@ class SelfExitDrafter:
             frontier.advance(tokens, keep)
             if not decision.go_on:
                 break
-        return frontier.drafts()
 
     def _lift(
         self, frontier: Frontier, rows: torch.Tensor, cut: int, before: torch.Tensor, kv_context: KVContext
@@ -134,7 +151,7 @@ class SelfExitDrafter:
         assert isinstance(lifted, IntermediateTensors)
         frontier.lift(standing, lifted.tensors, cut + 1)
         positions = standing.positions[standing.newest]
-        with kv_context(rows, torch.ones_like(rows), positions):
+        with kv_context(rows, None, positions):
             return self.exits[cut + 1].head(residual_stream(lifted)[standing.newest], positions, before)
 
     def verify(

@@ -128,6 +128,12 @@ class Frontier:
             self._tokens[row].append(token)
         self._step = self._next(rows, tokens, step.positions[kept] + 1)
 
+    def copy(self, row: int, tokens: list[int]) -> None:
+        """Draft ``tokens`` for a sequence before the round's first step, and take it out of the round."""
+        self._tokens[row] += tokens
+        others = self._step.rows != row
+        self._step = Step(self._step.rows[others], self._step.input_ids[others], self._step.positions[others])
+
     def drafts(self) -> list[list[int]]:
         """Return the drafted tokens of each sequence, possibly none."""
         return [tokens[1:] for tokens in self._tokens]

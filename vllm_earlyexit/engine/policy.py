@@ -3,15 +3,17 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from vllm_earlyexit.config import EarlyExitConfig
-from vllm_earlyexit.engine.cost import Acceptance, StepTimes
+from vllm_earlyexit.engine.cost import Acceptance, Copying, StepTimes
+from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 
 GRID = np.linspace(0, 1, 65)
@@ -92,6 +94,21 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """What is copied for a sequence.
+
+    Attributes:
+        length: How many of its newest tokens occurred before.
+        count: Tokens to copy.
+        expected: How many of them are expected to be accepted.
+    """
+
+    length: int
+    count: int
+    expected: float
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to do after a draft step.
 
@@ -106,17 +123,32 @@ class Decision:
     deeper: torch.Tensor | None = None
 
 
+Lookup = Callable[[], Sequence[Repeat]]
+
+
+def nothing() -> Sequence[Repeat]:
+    """Tell of no repeats."""
+    return ()
+
+
 class Policy(Protocol):
     """Decides for a batch of sequences, step by step, what to draft.
 
     Attributes:
         exit: From which exit this round drafts, as the drafter numbers them; unsure tokens may go on to later ones.
+        copied: Sequences that are not drafted for in this round but repeat themselves, and for how many tokens.
     """
 
     exit: int
+    copied: Mapping[int, int]
 
-    def begin(self, num_seqs: int) -> bool:
-        """Start a round over ``num_seqs`` sequences; return whether to draft at all."""
+    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+        """Start a round over ``num_seqs`` sequences; return whether to ask the head about those that are not copied.
+
+        Args:
+            num_seqs: How many there are.
+            lookup: Tells of each what followed when its newest tokens last occurred.
+        """
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Decide what to do with the newest tokens of some sequences.
@@ -135,9 +167,10 @@ class FixedPolicy:
     """LayerSkip's rule: always draft the full length."""
 
     exit = 0
+    copied: Mapping[int, int] = MappingProxyType({})
 
-    def begin(self, num_seqs: int) -> bool:
-        """Return True."""
+    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+        """Return True, and copy nothing."""
         return True
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
@@ -186,6 +219,10 @@ class AutoPolicy:
     if the calibrated acceptance there, of tokens that were so unsure here, is worth the layers between, its head, and
     verifying one more token; the layers are counted as if verification did not need them anyway.
 
+    Where a sequence's newest tokens occurred in it before, what followed then costs no draft step. Such a copy is taken
+    instead of asking the head if it is worth more; how often copies are accepted, by the length of what occurred
+    before, is learned from verification.
+
     Args:
         acceptances: From entropy to acceptance, for each exit.
         longest: The longest draft.
@@ -196,6 +233,9 @@ class AutoPolicy:
 
     def __init__(self, acceptances: Sequence[Acceptance], longest: int, clock: Callable[[], float] = time.perf_counter):
         self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
+        self._copying = Copying()
+        self._copies: dict[int, Copy] = {}
+        self.copied: Mapping[int, int] = {}
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
@@ -208,11 +248,12 @@ class AutoPolicy:
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
-    def begin(self, num_seqs: int) -> bool:
+    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
         """Start a round; return whether asking the head once is expected to pay."""
         if self.times is None:
             return False
         self._close()
+        self.copied, self._copies = {}, {}
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
         self._accepted, self._drafted = 0, {}
@@ -222,13 +263,47 @@ class AutoPolicy:
             return False
         if not seen.drafts():
             return False
-        worth = [self._worth_of(number) for number in range(len(self.times))]
+        worth = max(self._worth_of(number, num_seqs) for number in range(len(self.times)))
+        self._copies = self._worth_copying(lookup(), max(0.0, worth / num_seqs))
+        self.copied = {row: copy.count for row, copy in self._copies.items()}
+        added = sum(self.copied.values())
+        self._spent += float(self._copied_added(added))
+        self._tokens += added
+        return self._choose_exit(num_seqs - len(self.copied))
+
+    def _choose_exit(self, num_seqs: int) -> bool:
+        """Choose where to ask the head about so many sequences; return whether that is expected to pay."""
+        assert self.times is not None
+        if num_seqs == 0:
+            return False
+        worth = [self._worth_of(number, num_seqs) for number in range(len(self.times))]
         self.exit = int(np.argmax(worth))
         asked = worth[self.exit] > 0
         for number, acceptance in enumerate(self._acceptances):
             if not asked or number != self.exit:
                 acceptance.forget()
         return asked
+
+    def _worth_copying(self, repeats: Sequence[Repeat], drafting: float) -> "dict[int, Copy]":
+        """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is."""
+        offers = [(row, self._copying.of(r.length), n) for row, r in enumerate(repeats) for n in range(len(r.tokens))]
+        if not offers:
+            return {}
+        rows, each, place = (np.array(column) for column in zip(*offers, strict=True))
+        chance = each ** (place + 1)
+        order = np.argsort(-chance, kind="stable")
+        values = chance[order].cumsum() - self._rate * self._copied_added(np.arange(1, len(order) + 1))
+        best = int(values.argmax())
+        if values[best] <= 0:
+            return {}
+        taken = order[: best + 1]
+        cost = self._rate * float(self._copied_added(len(taken))) / len(taken)
+        found: dict[int, Copy] = {}
+        for row in np.unique(rows[taken]).tolist():
+            own = chance[taken][rows[taken] == row]
+            if own.sum() - cost * len(own) > drafting:
+                found[row] = Copy(repeats[row].length, len(own), float(own.sum()))
+        return found
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
@@ -291,10 +366,17 @@ class AutoPolicy:
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Compare what was expected of a sequence's drafts with what verification said."""
         self._accepted += accepted
+        if (copy := self._copies.get(row)) is not None:
+            self._copying.learn(copy.length, verified, accepted)
         for n, (cut, expected) in enumerate(self._drafted.get(row, [])[:verified]):
             if n > accepted:
                 return
             self._acceptances[cut].learn(expected, n < accepted)
+
+    @property
+    def _drafts(self) -> bool:
+        """Whether this round has asked the head or copied."""
+        return self._asked > 0 or bool(self._copies)
 
     @property
     def _acceptance(self) -> Acceptance:
@@ -305,10 +387,10 @@ class AutoPolicy:
         assert self.times is not None
         return self.times[self.exit]
 
-    def _worth_of(self, number: int) -> float:
-        """Return what asking the head at an exit is worth at the start of a round, in tokens."""
+    def _worth_of(self, number: int, num_seqs: int) -> float:
+        """Return what asking an exit's head about so many sequences is worth at the start of a round, in tokens."""
         self.exit = number
-        return float(self._asking(self._reached, 0).sum())
+        return float(self._asking(np.ones(num_seqs), 0).sum())
 
     @property
     def _rate(self) -> float:
@@ -331,6 +413,11 @@ class AutoPolicy:
         """Return the seconds that verifying m more tokens adds, for each m."""
         deep = self._times.at("deep", self._tokens + m) - self._times.at("deep", self._tokens)
         return self._times.at("shallow", m) + deep
+
+    def _copied_added(self, m: np.ndarray | int) -> np.ndarray:
+        """Return the seconds that verifying m copied tokens adds, for each m: in one pass with the others."""
+        parts = ("shallow", "deep")
+        return sum(self._times.at(p, self._tokens + m) - self._times.at(p, self._tokens) for p in parts)
 
     def _asking(self, reached: np.ndarray, step: int) -> np.ndarray:
         """Return for each row what asking the head at draft position ``step`` is worth, in tokens; [n].
@@ -368,6 +455,7 @@ class AutoPolicy:
         expected = self._batch + sum(
             float(np.cumprod([probability for _, probability in drafted]).sum()) for drafted in self._drafted.values()
         )
+        expected += sum(copy.expected for copy in self._copies.values())
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
@@ -378,11 +466,11 @@ class AutoPolicy:
         self.predicted_seconds += predicted
         self.measured_seconds += took
         missed = took - predicted
-        self._seen[self._batch].add(self._batch, self._batch + self._accepted, took, self._asked > 0)
-        if not self._asked:
+        self._seen[self._batch].add(self._batch, self._batch + self._accepted, took, self._drafts)
+        if not self._drafts:
             learned = max(0.0, around + missed)
             self._around = learned if self._around is None else around + (1 - self.MEMORY) * (learned - around)
-        elif self._around is not None:
+        elif self._asked and self._around is not None:
             self._overhead = max(0.0, self._overhead + (1 - self.MEMORY) * missed / self._asked)
 
 

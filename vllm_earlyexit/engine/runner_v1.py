@@ -21,6 +21,7 @@ from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine.cost import measured
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
 from vllm_earlyexit.provenance import cpu_name
 
@@ -59,7 +60,7 @@ class SelfExitProposer:
                 number: torch.zeros_like(runner.input_batch.block_table[number].get_device_tensor(1)).expand(n, -1)
                 for number in range(len(runner.attn_groups))
             }
-            with self._kv_context(runner, blocks, torch.ones_like(positions), positions):
+            with self._kv_context(runner, blocks, None, positions):
                 return self.drafter.timed(ids, positions)
 
         run(2)  # compiles the heads, for any number of tokens
@@ -122,8 +123,9 @@ class SelfExitProposer:
             frontier,
             sampled_from[newest],
             lambda on, counts, at: self._kv_context(
-                runner, {group: table[on] for group, table in blocks.items()}, counts, at
+                runner, {group: _of_rows(table, on) for group, table in blocks.items()}, counts, at
             ),
+            lambda n: repeat_in(runner.input_batch.token_ids_cpu[rows[n], : positions[n] + 1], limits[n]),
         )
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
         self._round = Round(frontier, {id(request): n for n, request in enumerate(requests)}, requests, positions)
@@ -199,35 +201,43 @@ class SelfExitProposer:
 
     @contextmanager
     def _kv_context(
-        self, runner: Any, blocks: dict[int, torch.Tensor], counts: torch.Tensor, positions: torch.Tensor
+        self, runner: Any, blocks: dict[int, torch.Tensor], counts: torch.Tensor | None, positions: torch.Tensor
     ) -> Iterator[None]:
         """A forward context of some tokens of some sequences, KV going to the target's own blocks.
 
         Args:
             runner: The V1 model runner.
             blocks: The sequences' block tables by KV cache group, each [n, max_blocks].
-            counts: Tokens of each sequence, int64 [n].
+            counts: Tokens of each sequence, int64 [n]; None for one each.
             positions: Of the tokens, rising within a sequence, int64 [counts.sum()].
         """
-        n, num_tokens = len(counts), len(positions)
-        ends = counts.cumsum(0)
-        seq_lens = (positions[ends - 1] + 1).to(torch.int32)
-        starts = torch.zeros(n + 1, dtype=torch.int32)
-        starts[1:] = ends
+        num_tokens = len(positions)
+        if counts is None:
+            n, most = num_tokens, 1
+            starts = torch.arange(n + 1, dtype=torch.int32)
+            seq_lens = (positions + 1).to(torch.int32)
+        else:
+            n, most = len(counts), int(counts.max())
+            ends = counts.cumsum(0)
+            starts = torch.zeros(n + 1, dtype=torch.int32)
+            starts[1:] = ends
+            seq_lens = (positions[ends - 1] + 1).to(torch.int32)
+        seq_lens_cpu = seq_lens.cpu()
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for number, attn_groups in enumerate(runner.attn_groups):
             size = runner.input_batch.block_table[number].block_size
-            slot_mapping = slots_of(blocks[number].repeat_interleave(counts, dim=0), positions, size)
+            table = blocks[number] if counts is None else blocks[number].repeat_interleave(counts, dim=0)
+            slot_mapping = slots_of(table, positions, size)
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
                 query_start_loc_cpu=starts,
                 seq_lens=seq_lens,
-                seq_lens_cpu_upper_bound=seq_lens.cpu(),
+                seq_lens_cpu_upper_bound=seq_lens_cpu,
                 num_reqs=n,
                 num_actual_tokens=num_tokens,
-                max_query_len=int(counts.max()),
-                max_seq_len=int(seq_lens.max()),
+                max_query_len=most,
+                max_seq_len=int(seq_lens_cpu.max()),
                 block_table_tensor=blocks[number],
                 slot_mapping=slot_mapping,
                 positions=positions,
@@ -268,6 +278,11 @@ class Round:
         while same < len(fed) and fed[same] == pending[same]:
             same += 1
         return found, same
+
+
+def _of_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return ``table[rows]`` for rows that rise, without a copy if they are all."""
+    return table if len(rows) == len(table) else table[rows]
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""What a sequence repeats of itself, and whether ``auto`` takes it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_cost import BOUND, CPU, FREE, auto
+from vllm_earlyexit.engine.cost import Copying
+from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.lookup import LONGEST, SHORTEST, Repeat, repeat_in
+
+SURE = Repeat(LONGEST, (5, 6, 7, 8))
+
+
+def slow_repeat(tokens: list[int], most: int) -> Repeat:
+    """Try every length and every place."""
+    for length in range(LONGEST, SHORTEST - 1, -1):
+        newest = tokens[-length:]
+        starts = [n for n in range(length, len(tokens)) if tokens[n - length : n] == newest]
+        if len(tokens) >= length and starts:
+            followed = [n for n in starts if n + most <= len(tokens)]
+            start = followed[-1] if followed else starts[0]
+            return Repeat(length, tuple(tokens[start : start + most]))
+    return Repeat()
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(0, 6))
+def test_the_longest_repeat_is_found(tokens: list[int], most: int):
+    assert repeat_in(np.array(tokens, dtype=np.int32), most) == slow_repeat(tokens, most)
+
+
+def test_a_place_with_enough_behind_it_goes_before_a_later_one():
+    assert repeat_in(np.array([1, 2, 3, 4, 1, 2, 1, 2]), 3) == Repeat(2, (3, 4, 1))
+    assert repeat_in(np.array([7, 7, 7]), 3) == Repeat(2, (7,))
+
+
+def test_it_copies_instead_of_drafting_where_that_is_worth_more():
+    policy = auto(CPU, sharpness=0.2)
+    assert policy.begin(3, lambda: [SURE, Repeat(), Repeat()]), "the others are still asked about"
+    assert policy.copied == {0: 4}
+    better = auto(FREE, sharpness=0.01)
+    for repeat in (SURE, Repeat(SHORTEST, (5,))):
+        assert better.begin(1, lambda repeat=repeat: [repeat]), "a head that is nearly always right drafts more"
+        assert not better.copied
+
+
+def test_copies_cost_rows_of_verification():
+    policy = auto(BOUND)
+    assert not policy.begin(8, lambda: [SURE] * 8)
+    assert not policy.copied, "where every token costs its share a copy that may be rejected does not pay"
+
+
+def test_after_rejected_copies_the_head_is_asked_instead():
+    policy = auto(CPU, sharpness=0.3)
+    policy._clock = lambda: 0.0  # nothing is learned from time
+    copied, asked = [], []
+    for _ in range(100):
+        asked.append(policy.begin(1, lambda: [SURE]))
+        copied.append(bool(policy.copied))
+        if policy.copied:
+            policy.learn(0, 4, 0)
+    assert copied[0]
+    assert not asked[0]
+    assert not any(copied[60:])
+    assert sum(asked[60:]) > 20
+
+
+def test_copies_are_learned_token_by_token():
+    copying = Copying()
+    first = copying.of(4)
+    copying.learn(4, verified=3, accepted=3)
+    assert copying.of(4) > first
+    assert copying.of(5) > copying.of(3), "longer repeats promise more from the start"
+    for _ in range(500):
+        copying.learn(4, verified=4, accepted=1)
+    assert copying.of(4) == pytest.approx(0.5, abs=0.02), "of two tokens that were tested one was accepted"
+
+
+def test_a_copied_sequence_is_out_of_the_round():
+    frontier = Frontier(torch.arange(3, dtype=torch.int32), torch.tensor([4, 5, 6]), torch.tensor([2, 2, 2]))
+    frontier.copy(1, [8, 9])
+    assert frontier.step is not None
+    assert frontier.step.rows.tolist() == [0, 2]
+    frontier.keep({"hidden": torch.zeros(2, 1)}, cut=0)
+    frontier.advance(torch.tensor([3, 3]), torch.tensor([False, False]))
+    assert frontier.drafts() == [[], [8, 9], []]
+    assert [frontier.pending(row) for row in range(3)] == [[0], [], [2]], "what is copied was not fed"
