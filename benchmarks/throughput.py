@@ -59,6 +59,12 @@ def family(config: str) -> tuple[str, int | None]:
     return config, None
 
 
+def spread(prompts: list[str], number: int) -> list[str]:
+    """Return so many of the prompts, evenly spread over a file that may be sorted by kind."""
+    number = min(number, len(prompts))
+    return [prompts[n * len(prompts) // number] for n in range(number)]
+
+
 def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, int, str]]:
     """Yield repeat, concurrency and configuration; the order of configurations is reversed every other time."""
     for repeat in range(repeats):
@@ -141,7 +147,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Folder or Hub id.")
     parser.add_argument("--heads", help="Folder of exit heads; by default the shipped ones.")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with turns; the first turn is asked.")
-    parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--num-prompts", type=int, default=20, help="Evenly spread over the file.")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="Requests at a time.")
     parser.add_argument(
@@ -181,7 +187,7 @@ def main() -> None:
                 speculative_config(name, setup)
             except ValueError as error:
                 raise SystemExit(str(error)) from None
-    asked = [item["turns"][0] for item in read_records(options.prompts)][: options.num_prompts]
+    asked = spread([item["turns"][0] for item in read_records(options.prompts)], options.num_prompts)
     runs: dict[tuple[str, int], list[Run]] = {}
     try:
         console.print(f"starting {', '.join(configs)} …")

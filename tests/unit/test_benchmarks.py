@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.engines import Run, Setup, speculative_config
 from benchmarks.roofline import H100, SHAPES, best, speedup
-from benchmarks.throughput import family, record, turns
+from benchmarks.throughput import family, record, spread, turns
 
 SETUP = Setup("model", "heads", "bfloat16", True, 8, 4, 64)
 
@@ -36,6 +36,12 @@ def test_configurations_take_turns_in_alternating_order():
     order = [(width, name) for repeat, width, name in turns(["ar", "self-exit", "transformers:8"], [1, 8], 2)]
     assert order[:5] == [(1, "ar"), (1, "self-exit"), (1, "transformers:8"), (8, "ar"), (8, "self-exit")]
     assert order[5:] == [(1, "transformers:8"), (1, "self-exit"), (1, "ar"), (8, "self-exit"), (8, "ar")]
+
+
+def test_prompts_are_spread_over_their_file():
+    assert spread(list("abcdefgh"), 4) == list("aceg")
+    assert spread(list("abc"), 2) == list("ab")
+    assert spread(list("abc"), 9) == list("abc")
 
 
 def test_draft_lengths_of_one_exit_and_head_share_an_engine():

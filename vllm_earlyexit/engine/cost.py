@@ -1,5 +1,6 @@
 """What the parts of a step cost on the machine that serves, and what drafting is worth at these costs."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -38,6 +39,13 @@ class StepTimes:
 
     def at(self, part: str, n: np.ndarray | float) -> np.ndarray:
         """Return a part's seconds for n tokens: linear between the measured sizes and beyond the last; 0 for none."""
+        return self._known(part, n) if isinstance(n, int) else self._interpolated(part, n)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (times live as long as the process)
+    def _known(self, part: str, n: int) -> np.ndarray:
+        return self._interpolated(part, n)
+
+    def _interpolated(self, part: str, n: np.ndarray | float) -> np.ndarray:
         times = getattr(self, part)
         seconds = np.interp(n, self.sizes, times)
         if len(self.sizes) > 1:

@@ -263,13 +263,18 @@ class AutoPolicy:
             return False
         if not seen.drafts():
             return False
-        worth = max(self._worth_of(number, num_seqs) for number in range(len(self.times)))
-        self._copies = self._worth_copying(lookup(), max(0.0, worth / num_seqs))
-        self.copied = {row: copy.count for row, copy in self._copies.items()}
-        added = sum(self.copied.values())
-        self._spent += float(self._copied_added(added))
-        self._tokens += added
-        return self._choose_exit(num_seqs - len(self.copied))
+        asked = self._choose_exit(num_seqs)
+        self._copies = self._worth_copying(lookup(), float(self._asking(np.ones(num_seqs), 0)[0]) if asked else 0.0)
+        if self._copies:
+            self.copied = {row: copy.count for row, copy in self._copies.items()}
+            added = sum(self.copied.values())
+            self._spent += float(self._copied_added(added))
+            self._tokens += added
+            asked = self._choose_exit(num_seqs - len(self.copied))
+        for number, acceptance in enumerate(self._acceptances):
+            if not asked or number != self.exit:
+                acceptance.forget()
+        return asked
 
     def _choose_exit(self, num_seqs: int) -> bool:
         """Choose where to ask the head about so many sequences; return whether that is expected to pay."""
@@ -278,11 +283,7 @@ class AutoPolicy:
             return False
         worth = [self._worth_of(number, num_seqs) for number in range(len(self.times))]
         self.exit = int(np.argmax(worth))
-        asked = worth[self.exit] > 0
-        for number, acceptance in enumerate(self._acceptances):
-            if not asked or number != self.exit:
-                acceptance.forget()
-        return asked
+        return worth[self.exit] > 0
 
     def _worth_copying(self, repeats: Sequence[Repeat], drafting: float) -> "dict[int, Copy]":
         """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is."""
@@ -327,7 +328,7 @@ class AutoPolicy:
         self._reached[at[kept]] = reached[kept]
         for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
             self._drafted.setdefault(row, []).append((cut, expected))
-        self._spent += float(self._added(kept.sum()))
+        self._spent += float(self._added(int(kept.sum())))
         self._tokens += int(kept.sum())
         self._kept = np.concatenate([self._kept, reached[kept]])
         go_on = len(self._kept) > 0 and bool(self._asking(self._kept, self._step + 1).sum() > 0)
