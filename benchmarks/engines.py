@@ -1,5 +1,6 @@
 """What the throughput benchmark compares: each configuration as an engine that answers prompts and counts."""
 
+import inspect
 import os
 import time
 from collections import deque
@@ -160,11 +161,18 @@ class VLLMEngine:
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
+        from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
         proposer = runner_of(self._llm).drafter
         propose = type(proposer).propose
+        at = list(inspect.signature(propose).parameters).index(
+            "num_speculative_tokens" if isinstance(proposer, NgramProposer) else "longest"
+        )
 
-        def limited(runner: Any, sampled: Any, sampled_from: Any, verified: Any, longest: int) -> Any:
-            return propose(proposer, runner, sampled, sampled_from, verified, min(longest, length))
+        def limited(*arguments: Any, **others: Any) -> Any:
+            wanted = [proposer, *arguments]
+            wanted[at] = min(wanted[at], length)
+            return propose(*wanted, **others)
 
         proposer.propose = limited
 

@@ -3,7 +3,7 @@
     python -m benchmarks.throughput --model MODEL --prompts FILE.jsonl --num-prompts 20 --max-tokens 128
         --concurrency 1 8 --configs ar layerskip:8:3 self-exit --repeats 5 --out FOLDER
 
-Every configuration is a Ray actor in a process of its own, but for draft lengths of one exit and head, which share one.
+Every configuration is a Ray actor in a process of its own, but for draft lengths of the same rule, which share one.
 On one machine the engines stay up and take turns, one run at a time, through all repeats, so that a noisy machine is
 equally unkind to all of them; with ``--ray-address`` actors spread over a cluster's nodes. Writes results.json, a list
 of records, and pictures beside it.
@@ -54,8 +54,8 @@ class Contestant:
 def family(config: str) -> tuple[str, int | None]:
     """Return what of a configuration decides its engine, and the draft length if that may be changed afterwards."""
     name, *numbers = config.split(":")
-    if name in ("fixed", "layerskip") and len(numbers) == 2:
-        return f"{name}:{numbers[0]}", int(numbers[1])
+    if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 1)):
+        return ":".join([name, *numbers[:-1]]), int(numbers[-1])
     return config, None
 
 

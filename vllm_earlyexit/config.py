@@ -19,7 +19,7 @@ METHOD = "self_exit"
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
 PolicyName = Literal["auto", "entropy", "fixed"]
-DEFAULT_DRAFT_LENGTH, AUTO_DRAFT_LENGTH = 4, 8
+DEFAULT_DRAFT_LENGTH, AUTO_DRAFT_LENGTH = 4, 16
 MAX_DRAFT_LENGTH = 64
 
 

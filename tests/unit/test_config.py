@@ -138,7 +138,7 @@ def test_prompt_lookup_belongs_to_auto(tmp_path: Path, model: Path, heads: Path)
     mapped = make_heads(tmp_path / "mapped", model, mapped=True)
     for asked, expected in ((None, True), (True, True), (False, False)):
         config = resolve(Knobs(model=str(mapped), prompt_lookup=asked), str(model))
-        assert (config.policy, config.prompt_lookup, config.num_speculative_tokens) == ("auto", expected, 8)
+        assert (config.policy, config.prompt_lookup, config.num_speculative_tokens) == ("auto", expected, 16)
 
 
 def test_heads_are_found_beside_the_model(model: Path):
