@@ -140,7 +140,7 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference):
 
         def copy_all(repeats: Sequence[Repeat], drafting: float) -> dict[int, Copy]:
             nonlocal copied
-            found = {row: Copy(r.length, len(r.tokens), 0.0) for row, r in enumerate(repeats) if r.tokens}
+            found = {row: Copy(r.length, len(r.tokens)) for row, r in enumerate(repeats) if r.tokens}
             copied += len(found)
             return found
 

@@ -67,6 +67,19 @@ def test_after_rejected_copies_the_head_is_asked_instead():
     assert sum(asked[60:]) > 20
 
 
+def test_fast_copies_do_not_make_drafting_elsewhere_look_slow():
+    policy = auto(CPU, sharpness=0.3)
+    policy._clock = lambda: 0.0  # nothing is learned from time
+    assert policy.begin(1)
+    before = policy._rate
+    for _ in range(200):
+        policy.begin(1, lambda: [Repeat(LONGEST, tuple(range(16)))])
+        if policy.copied:
+            policy.learn(0, 16, 16)
+    assert policy._rate == pytest.approx(before, rel=0.05)
+    assert policy.begin(1) or policy.begin(1), "one of the two may be a round without a draft"
+
+
 def test_copies_are_learned_token_by_token():
     copying = Copying()
     first = copying.of(4)

@@ -100,12 +100,10 @@ class Copy:
     Attributes:
         length: How many of its newest tokens occurred before.
         count: Tokens to copy.
-        expected: How many of them are expected to be accepted.
     """
 
     length: int
     count: int
-    expected: float
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,8 @@ class AutoPolicy:
 
     Where a sequence's newest tokens occurred in it before, what followed then costs no draft step. Such a copy is taken
     instead of asking the head if it is worth more; how often copies are accepted, by the length of what occurred
-    before, is learned from verification.
+    before, is learned from verification. Rounds that copy leave λ alone: a token drafted elsewhere saves a round of the
+    kind that is left there, not one of the fast ones.
 
     Args:
         acceptances: From entropy to acceptance, for each exit.
@@ -303,7 +302,7 @@ class AutoPolicy:
         for row in np.unique(rows[taken]).tolist():
             own = chance[taken][rows[taken] == row]
             if own.sum() - cost * len(own) > drafting:
-                found[row] = Copy(repeats[row].length, len(own), float(own.sum()))
+                found[row] = Copy(repeats[row].length, len(own))
         return found
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
@@ -456,11 +455,11 @@ class AutoPolicy:
         expected = self._batch + sum(
             float(np.cumprod([probability for _, probability in drafted]).sum()) for drafted in self._drafted.values()
         )
-        expected += sum(copy.expected for copy in self._copies.values())
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent
-        tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
-        self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
+        if not self._copies:
+            tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
+            self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
         took = now - began
         if not began or took > 2 * predicted:  # there was a prompt or a pause in between
             return
