@@ -200,7 +200,8 @@ def main() -> None:
                 runs.setdefault((name, width), []).append(ray.get(contestants[name].run.remote(width, family(name)[1])))
                 progress.advance(bar)
                 write(options.out, setup, options.prompts, runs, {}, starts)
-        ours = [name for name in configs if not name.startswith(("transformers", "ngram"))]
+        split = configs if 1 in options.concurrency else []
+        ours = [name for name in split if not name.startswith(("transformers", "ngram"))]
         splits = {name: ray.get(contestants[name].run.remote(1, family(name)[1], split=True)) for name in ours}
     finally:
         ray.shutdown()
@@ -208,7 +209,8 @@ def main() -> None:
     console.print(_table(records))
     speed_against_concurrency(records, options.out / "speed.png")
     acceptance_by_position(records, options.out / "acceptance.png")
-    time_split(records, options.out / "time-split.png")
+    if splits:
+        time_split(records, options.out / "time-split.png")
 
 
 def write(
