@@ -7,6 +7,7 @@ TEST is a folder of ``vllm-earlyexit collect --sampled 0`` over test prompts, th
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def timed(*arguments: str) -> dict[str, object]:
     command = [sys.executable, "-m", "vllm_earlyexit.cli", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     said = [line.strip() for line in done.stdout.splitlines() if "GB of memory" in line or "recorded tokens" in line]
+    said = [re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", line) for line in said]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # the largest child so far
     return {"seconds": round(time.monotonic() - started), "said": said, "largest_peak_gb": round(peak / 1e9, 2)}
 
