@@ -22,6 +22,7 @@ ASKED = (
     "Can you write this function for me? Only code please.\n\n{}",
 )
 LONGEST = 1200
+SKIPPED = frozenset({"site-packages", "idlelib", "test", "tests"})
 
 
 def functions(source: str) -> Iterator[str]:
@@ -43,13 +44,9 @@ def sources(packages: list[str]) -> Iterator[tuple[str, Path]]:
         if not root.is_dir():
             raise SystemExit(f"no package of this name is installed: {root.name}")
         for path in sorted(root.rglob("*.py")):
-            name = str(path.relative_to(root))
-            if (
-                not name.startswith(("site-packages", "idlelib"))
-                and "tests" not in path.parts
-                and "test" not in path.parts
-            ):
-                yield f"{root.name}/{name}", path
+            inside = path.relative_to(root)
+            if SKIPPED.isdisjoint(inside.parts):
+                yield f"{root.name}/{inside}", path
 
 
 def main(

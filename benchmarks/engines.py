@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
 
@@ -79,7 +80,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     ``ar``: plain decoding. ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``entropy``: the
     calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``:
     the same with LayerSkip's shared, untrained head; without numbers 4 tokens after a quarter of the layers.
-    ``ngram:K``: vLLM's prompt lookup.
+    ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the longest match, which has MIN tokens to as many as ours.
     """
     name, *numbers = config.split(":")
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
@@ -99,11 +100,12 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             return speculative_config(f"layerskip:{layers // 4}:4", setup)
         case "layerskip", [layer, length]:
             return {"method": "self_exit", "head": "shared", "exit_layer": layer, "num_speculative_tokens": length}
-        case "ngram", [length]:
-            return {"method": "ngram", "num_speculative_tokens": length, "prompt_lookup_max": 4}
+        case "ngram", [least, length]:
+            lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
+            return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
         f"there is no configuration {config!r}; write ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, "
-        "layerskip[:LAYER:LENGTH], ngram:LENGTH or transformers:LAYER"
+        "layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH or transformers:LAYER"
     )
 
 
@@ -161,13 +163,10 @@ class VLLMEngine:
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
-        from vllm.v1.spec_decode.ngram_proposer import NgramProposer
-
         proposer = runner_of(self._llm).drafter
         propose = type(proposer).propose
-        at = list(inspect.signature(propose).parameters).index(
-            "num_speculative_tokens" if isinstance(proposer, NgramProposer) else "longest"
-        )
+        names = list(inspect.signature(propose).parameters)
+        at = names.index("longest" if "longest" in names else "num_speculative_tokens")
 
         def limited(*arguments: Any, **others: Any) -> Any:
             wanted = [proposer, *arguments]

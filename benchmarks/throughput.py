@@ -54,7 +54,7 @@ class Contestant:
 def family(config: str) -> tuple[str, int | None]:
     """Return what of a configuration decides its engine, and the draft length if that may be changed afterwards."""
     name, *numbers = config.split(":")
-    if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 1)):
+    if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 2)):
         return ":".join([name, *numbers[:-1]]), int(numbers[-1])
     return config, None
 
@@ -154,7 +154,7 @@ def parsed() -> argparse.Namespace:
         "--configs",
         nargs="+",
         default=["ar", "self-exit"],
-        help="ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:LENGTH, "
+        help="ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
         "transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)

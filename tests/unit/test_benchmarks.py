@@ -47,7 +47,7 @@ def test_prompts_are_spread_over_their_file():
 def test_draft_lengths_of_the_same_rule_share_an_engine():
     assert family("fixed:8:3") == ("fixed:8", 3)
     assert family("layerskip:4:1") == ("layerskip:4", 1)
-    assert family("ngram:4") == ("ngram", 4)
+    assert family("ngram:2:4") == ("ngram:2", 4)
     assert family("self-exit") == ("self-exit", None)
 
 
@@ -57,7 +57,9 @@ def test_configurations_are_spelled_and_misspelled_ones_refused():
     assert speculative_config("heads-only", SETUP) == {"method": "self_exit", "model": "heads", "prompt_lookup": False}
     layerskip = speculative_config("layerskip:8:3", SETUP)
     assert layerskip == {"method": "self_exit", "head": "shared", "exit_layer": 8, "num_speculative_tokens": 3}
-    for wrong in ("plain", "fixed", "fixed:8", "ngram:3:4"):
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 8}
+    assert speculative_config("ngram:2:4", SETUP) == ngram
+    for wrong in ("plain", "fixed", "fixed:8", "ngram:4"):
         with pytest.raises(ValueError, match="there is no configuration"):
             speculative_config(wrong, SETUP)
 

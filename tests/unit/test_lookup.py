@@ -93,7 +93,7 @@ def test_copies_are_learned_token_by_token():
 
 def test_a_copied_sequence_is_out_of_the_round():
     frontier = Frontier(torch.arange(3, dtype=torch.int32), torch.tensor([4, 5, 6]), torch.tensor([2, 2, 2]))
-    frontier.copy(1, [8, 9])
+    frontier.copy({1: [8, 9]})
     assert frontier.step is not None
     assert frontier.step.rows.tolist() == [0, 2]
     frontier.keep({"hidden": torch.zeros(2, 1)}, cut=0)

@@ -1,5 +1,6 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -92,16 +93,14 @@ class SelfExitDrafter:
             kv_context: Where a step's KV is.
             repeat: From a row to what followed when the sequence's newest tokens last occurred in it.
         """
-        repeats: list[Repeat] = []
+        found = functools.cache(repeat)
 
         def lookup() -> list[Repeat]:
-            if self._prompt_lookup:
-                repeats.extend(map(repeat, range(frontier.num_seqs)))
-            return repeats
+            return [found(row) for row in range(frontier.num_seqs)] if self._prompt_lookup else []
 
         ask = self.policy.begin(frontier.num_seqs, lookup)
-        for row, count in self.policy.copied.items():
-            frontier.copy(row, list(repeats[row].tokens[:count]))
+        if copied := self.policy.copied:
+            frontier.copy({row: found(row).tokens[:count] for row, count in copied.items()})
         if ask:
             self._ask(frontier, previous.clone(), kv_context)
         return frontier.drafts()

@@ -7,7 +7,7 @@ hidden states from the start of a round of drafting until the forward pass that 
 runners, models or devices beyond the tensors it is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,11 +128,13 @@ class Frontier:
             self._tokens[row].append(token)
         self._step = self._next(rows, tokens, step.positions[kept] + 1)
 
-    def copy(self, row: int, tokens: list[int]) -> None:
-        """Draft ``tokens`` for a sequence before the round's first step, and take it out of the round."""
-        self._tokens[row] += tokens
-        others = self._step.rows != row
-        self._step = Step(self._step.rows[others], self._step.input_ids[others], self._step.positions[others])
+    def copy(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Draft these tokens for some sequences before the round's first step, and take them out of the round."""
+        for row, tokens in drafts.items():
+            self._tokens[row] += tokens
+        step = self._step
+        others = torch.tensor([row not in drafts for row in step.rows.tolist()], dtype=torch.bool).to(step.rows.device)
+        self._step = Step(step.rows[others], step.input_ids[others], step.positions[others])
 
     def drafts(self) -> list[list[int]]:
         """Return the drafted tokens of each sequence, possibly none."""

@@ -134,11 +134,13 @@ class Policy(Protocol):
 
     Attributes:
         exit: From which exit this round drafts, as the drafter numbers them; unsure tokens may go on to later ones.
-        copied: Sequences that are not drafted for in this round but repeat themselves, and for how many tokens.
     """
 
     exit: int
-    copied: Mapping[int, int]
+
+    @property
+    def copied(self) -> Mapping[int, int]:
+        """Sequences that are not drafted for in this round but repeat themselves, and for how many tokens."""
 
     def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
         """Start a round over ``num_seqs`` sequences; return whether to ask the head about those that are not copied.
@@ -234,7 +236,6 @@ class AutoPolicy:
         self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
         self._copying = Copying()
         self._copies: dict[int, Copy] = {}
-        self.copied: Mapping[int, int] = {}
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
@@ -252,7 +253,7 @@ class AutoPolicy:
         if self.times is None:
             return False
         self._close()
-        self.copied, self._copies = {}, {}
+        self._copies = {}
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
         self._accepted, self._drafted = 0, {}
@@ -262,27 +263,32 @@ class AutoPolicy:
             return False
         if not seen.drafts():
             return False
-        asked = self._choose_exit(num_seqs)
-        self._copies = self._worth_copying(lookup(), float(self._asking(np.ones(num_seqs), 0)[0]) if asked else 0.0)
+        worth = self._choose_exit(num_seqs)
+        self._copies = self._worth_copying(lookup(), max(0.0, worth / num_seqs))
         if self._copies:
-            self.copied = {row: copy.count for row, copy in self._copies.items()}
             added = sum(self.copied.values())
             self._spent += float(self._copied_added(added))
             self._tokens += added
-            asked = self._choose_exit(num_seqs - len(self.copied))
+            worth = self._choose_exit(num_seqs - len(self._copies))
+        asked = worth > 0
         for number, acceptance in enumerate(self._acceptances):
             if not asked or number != self.exit:
                 acceptance.forget()
         return asked
 
-    def _choose_exit(self, num_seqs: int) -> bool:
-        """Choose where to ask the head about so many sequences; return whether that is expected to pay."""
+    @property
+    def copied(self) -> Mapping[int, int]:
+        """See ``Policy``."""
+        return {row: copy.count for row, copy in self._copies.items()}
+
+    def _choose_exit(self, num_seqs: int) -> float:
+        """Choose where to ask the head about so many sequences; return what that is worth, in tokens."""
         assert self.times is not None
         if num_seqs == 0:
-            return False
+            return 0.0
         worth = [self._worth_of(number, num_seqs) for number in range(len(self.times))]
         self.exit = int(np.argmax(worth))
-        return worth[self.exit] > 0
+        return worth[self.exit]
 
     def _worth_copying(self, repeats: Sequence[Repeat], drafting: float) -> "dict[int, Copy]":
         """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is."""
@@ -291,12 +297,9 @@ class AutoPolicy:
             return {}
         rows, each, place = (np.array(column) for column in zip(*offers, strict=True))
         chance = each ** (place + 1)
-        order = np.argsort(-chance, kind="stable")
-        values = chance[order].cumsum() - self._rate * self._copied_added(np.arange(1, len(order) + 1))
-        best = int(values.argmax())
-        if values[best] <= 0:
+        taken = self._together(chance, self._copied_added(np.arange(1, len(chance) + 1)))
+        if not len(taken):
             return {}
-        taken = order[: best + 1]
         cost = self._rate * float(self._copied_added(len(taken))) / len(taken)
         found: dict[int, Copy] = {}
         for row in np.unique(rows[taken]).tolist():
@@ -316,14 +319,10 @@ class AutoPolicy:
         reached = before * probability
         self._asked += 1
         self._spent += self._head(len(at), cut)
-        order = np.argsort(-reached, kind="stable")
         later = np.maximum(self._asking(reached, self._step + 1), 0)
         added = self._added(np.arange(1, len(at) + 1))
-        values = (reached + later)[order].cumsum() - self._rate * added
-        best = int(values.argmax())
         kept = np.zeros(len(at), dtype=bool)
-        if values[best] > 0:
-            kept[order[: best + 1]] = True
+        kept[self._together(reached + later, added)] = True
         self._reached[at[kept]] = reached[kept]
         for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
             self._drafted.setdefault(row, []).append((cut, expected))
@@ -352,15 +351,12 @@ class AutoPolicy:
         if expected is None or cut + 1 == len(self._acceptances):
             return chosen
         gain = reached * np.clip(expected * self._acceptances[cut + 1].correction, 0.0, 1.0)
-        order = np.argsort(-gain, kind="stable")
         rows = np.arange(1, n + 1)
         seconds = self._between(cut, rows * (self._step + 1)) + self._added(rows)
         seconds += [self._head(int(m), cut + 1) for m in rows]
-        values = gain[order].cumsum() - self._rate * seconds
-        best = int(values.argmax())
-        if values[best] > 0:
-            chosen[order[: best + 1]] = True
-            self._spent += float(self._between(cut, (best + 1) * (self._step + 1)))
+        taken = self._together(gain, seconds)
+        chosen[taken] = True
+        self._spent += float(self._between(cut, len(taken) * (self._step + 1)))
         return chosen
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
@@ -411,13 +407,27 @@ class AutoPolicy:
 
     def _added(self, m: np.ndarray | int) -> np.ndarray:
         """Return the seconds that verifying m more tokens adds, for each m."""
-        deep = self._times.at("deep", self._tokens + m) - self._times.at("deep", self._tokens)
-        return self._times.at("shallow", m) + deep
+        return self._times.at("shallow", m) + self._more("deep", m)
 
     def _copied_added(self, m: np.ndarray | int) -> np.ndarray:
         """Return the seconds that verifying m copied tokens adds, for each m: in one pass with the others."""
-        parts = ("shallow", "deep")
-        return sum(self._times.at(p, self._tokens + m) - self._times.at(p, self._tokens) for p in parts)
+        return self._more("shallow", m) + self._more("deep", m)
+
+    def _more(self, part: str, m: np.ndarray | int) -> np.ndarray:
+        """Return the seconds that a part takes longer for m tokens beside those that are to be verified anyway."""
+        return self._times.at(part, self._tokens + m) - self._times.at(part, self._tokens)
+
+    def _together(self, gain: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """Return indices of the gains, the largest first, that raise the rate most together; possibly none.
+
+        Args:
+            gain: Tokens, [n].
+            seconds: What 1 to n of them cost, [n].
+        """
+        order = np.argsort(-gain, kind="stable")
+        values = gain[order].cumsum() - self._rate * seconds
+        best = int(values.argmax())
+        return order[: best + 1] if values[best] > 0 else order[:0]
 
     def _asking(self, reached: np.ndarray, step: int) -> np.ndarray:
         """Return for each row what asking the head at draft position ``step`` is worth, in tokens; [n].
