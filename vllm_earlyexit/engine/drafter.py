@@ -212,9 +212,9 @@ class SelfExitDrafter:
             asked.entropy.tolist()
             asked.token_ids.tolist()
             times.append(self._now(input_ids))
-        self._model.compute_logits(run_segments(self.exits[-1].above, None, positions, state))
+        self._model.compute_logits(run_segments(self.exits[-1].above, None, positions, state)).max(dim=-1)
         times.append(self._now(input_ids))
-        self._model.compute_logits(self._model(input_ids, positions))
+        self._model.compute_logits(self._model(input_ids, positions)).max(dim=-1)
         times.append(self._now(input_ids))
         return [after - before for before, after in pairwise(times)]
 

@@ -267,6 +267,17 @@ def _expand_on_cpu(original: Callable) -> Callable:
     return expand_batch_to_tokens
 
 
+def _verify_greedily(original: Callable) -> Callable:
+    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        from vllm_earlyexit.engine import greedy
+
+        if self.synthetic_mode or draft_probs is not None or not greedy.only_largest(sampling_metadata):
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        return greedy.verify(metadata, logits)
+
+    return forward
+
+
 @contextmanager
 def pipeline_stage(first: bool, last: bool) -> Iterator[None]:
     """Let vLLM's pipeline group answer as the first and/or last rank while a segment runs.
@@ -370,6 +381,16 @@ SEAMS = (
         upstream="vLLM issue 55005; unnecessary once its fix (pull request 55006, open in September 2026) is in.",
         expects=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
         wrap=_expand_on_cpu,
+    ),
+    Seam(
+        target="vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+        stage="engine",
+        why="For greedy requests vLLM copies the logits of all draft tokens three times to find the largest, which on "
+        "CPUs takes longer than anything else that the host does in a round.",
+        how="Finds it in place if every request of the batch is greedy and nothing else is asked of its logits.",
+        upstream="The same in vLLM's rejection sampler would replace it.",
+        expects=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        wrap=_verify_greedily,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",
