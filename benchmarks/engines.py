@@ -25,6 +25,8 @@ class Run:
         accepted: Draft tokens accepted.
         accepted_at: Draft tokens accepted at each draft position.
         split: Seconds by part of a step, if asked for.
+        predicted: Seconds that the cost model expected rounds to take.
+        measured: Seconds that these rounds took.
     """
 
     seconds: float
@@ -34,6 +36,8 @@ class Run:
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)
     split: dict[str, float] = field(default_factory=dict)
+    predicted: float = 0.0
+    measured: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -142,7 +146,7 @@ class VLLMEngine:
             for prompt in prompts
         )
         first, outputs = self._number, {}
-        before, parts = self._counts(), {}
+        before, parts, expected = self._counts(), {}, self._expected()
         with timed_parts(self._llm, parts) if split else _nothing():
             started = time.perf_counter()
             running = 0
@@ -159,7 +163,8 @@ class VLLMEngine:
         after = self._counts()
         drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
         answers = [outputs[number] for number in range(first, self._number)]
-        return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts)
+        predicted, measured = (now - then for now, then in zip(self._expected(), expected, strict=True))
+        return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured)
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
@@ -174,6 +179,11 @@ class VLLMEngine:
             return propose(*wanted, **others)
 
         proposer.propose = limited
+
+    def _expected(self) -> tuple[float, float]:
+        drafter = getattr(getattr(runner_of(self._llm), "drafter", None), "drafter", None)
+        policy = getattr(drafter, "policy", None)
+        return getattr(policy, "predicted_seconds", 0.0), getattr(policy, "measured_seconds", 0.0)
 
     def _counts(self) -> list[int]:
         prefix = "vllm:spec_decode_num_"

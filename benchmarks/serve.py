@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.throughput import spread
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
@@ -140,7 +141,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Folder or Hub id, for the tokenizer.")
     parser.add_argument("--served-model-name", help="What the servers call the model, if not --model.")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with turns; the first turn is asked.")
-    parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--num-prompts", type=int, default=20, help="Evenly spread over the file.")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
@@ -151,7 +152,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Ask all servers in turns and report medians."""
     options, console = parsed(), Console()
-    prompts = [item["turns"][0] for item in read_records(options.prompts)][: options.num_prompts]
+    prompts = spread([item["turns"][0] for item in read_records(options.prompts)], options.num_prompts)
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "prompts.jsonl"
         dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

@@ -29,6 +29,8 @@ from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
 WARM_UP = 2
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray listens on all interfaces, whatever ``_node_ip_address`` says, unless this says no before it is imported."""
 
 
 class Contestant:
@@ -113,6 +115,7 @@ def record(
         "accepted": accepted,
         "accepted_at": [sum(at) for at in zip(*(run.accepted_at for run in runs), strict=True)],
         "drafts": drafts,
+        "predicted_over_measured_seconds": _predicted(runs),
         "identical_outputs": sum(same) if plain else None,
         "identical_to_plain_at_smallest_concurrency": as_alone,
         "repeats": [round(value, 2) for value in speeds],
@@ -120,12 +123,18 @@ def record(
     }
 
 
+def _predicted(runs: list[Run]) -> float | None:
+    """Return what the cost model expected rounds to take over what they took; None if there is none."""
+    measured = sum(run.measured for run in runs)
+    return round(sum(run.predicted for run in runs) / measured, 3) if measured else None
+
+
 def start(configs: list[str], setup: Setup, prompts: list[str], address: str | None) -> dict[str, Any]:
     """Start actors one after the other and return them by configuration; configurations of a family share one."""
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": len(configs)}
+    local: dict[str, Any] = {"include_dashboard": False, "num_cpus": len(configs)}
     ray.init(address=address, log_to_driver=False, **({} if address else local))
     wanted = ("LD_PRELOAD", "VLLM_", "HF_HUB_OFFLINE", "PYTHONPATH")
     environment = {key: value for key, value in cpu_environment().items() if key.startswith(wanted)}
@@ -168,9 +177,11 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     """Run every configuration at every concurrency, in turns, and report medians."""
+    options, console = parsed(), Console()
+    if options.ray_address is None:
+        os.environ[LOOPBACK] = "0"
     import ray
 
-    options, console = parsed(), Console()
     setup = Setup(
         str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
         str(Path(options.heads).resolve()) if options.heads else None,

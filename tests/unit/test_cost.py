@@ -83,6 +83,19 @@ def test_only_drafts_that_verification_reached_are_learned_from():
     assert policy._acceptance.correction < before
 
 
+def test_the_log_compares_what_rounds_took_with_what_was_expected(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("vllm_earlyexit.engine.policy.REPORT", 5)
+    caplog.set_level("INFO", logger="vllm.earlyexit")
+    ticks = iter(range(1, 8))
+    policy = AutoPolicy([acceptance()], LONGEST, clock=lambda: next(ticks) * 0.2)
+    policy.times = [replace(BOUND, plain=(0.2, 1.6))]
+    for _ in range(7):
+        policy.begin(1)
+    assert [record.getMessage() for record in caplog.records] == ["self-exit: 5 rounds took 1.0 s, 1.0 s were expected"]
+
+
 def test_times_are_interpolated_and_extended():
     assert CPU.at("shallow", 0) == 0
     assert CPU.at("shallow", 1) == 5e-3

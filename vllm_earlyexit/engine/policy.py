@@ -1,5 +1,6 @@
 """Exit policies: after each draft step, which tokens to draft, and whether to go on."""
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -16,6 +17,8 @@ from vllm_earlyexit.engine.cost import Acceptance, Copying, StepTimes
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 
+logger = logging.getLogger("vllm.earlyexit")
+
 GRID = np.linspace(0, 1, 65)
 PROBES, PROBE_FIRST, PROBE_LATER = 8, 4, 256
 """Every so many rounds of a batch size nothing is drafted, to learn what a plain step takes: often at first."""
@@ -23,6 +26,8 @@ RETRY, MAX_RETRY = 32, 1024
 """Rounds after which drafting is tried again where it was seen to be slower than plain decoding; doubled each time."""
 SEEN, CERTAIN = 4, 3.0
 """Rounds of either kind before they are compared, and by how many standard errors drafting must be slower to stop."""
+REPORT = 4096
+"""Rounds after which the log says what rounds took and what they were expected to take."""
 TOLERANCE = 0.02
 """Change of rate times correction from which on values are tabulated anew."""
 
@@ -245,6 +250,7 @@ class AutoPolicy:
         self._overhead = self._spent = self._began = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
         self._seen: dict[int, Seen] = defaultdict(Seen)
+        self._compared = 0
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
@@ -475,6 +481,10 @@ class AutoPolicy:
             return
         self.predicted_seconds += predicted
         self.measured_seconds += took
+        self._compared += 1
+        if self._compared % REPORT == 0:
+            words = "self-exit: %d rounds took %.1f s, %.1f s were expected"
+            logger.info(words, self._compared, self.measured_seconds, self.predicted_seconds)
         missed = took - predicted
         self._seen[self._batch].add(self._batch, self._batch + self._accepted, took, self._drafts)
         if not self._drafts:
