@@ -96,6 +96,28 @@ def test_the_log_compares_what_rounds_took_with_what_was_expected(
     assert [record.getMessage() for record in caplog.records] == ["self-exit: 5 rounds took 1.0 s, 1.0 s were expected"]
 
 
+def test_what_a_prompt_or_a_pause_took_is_not_learned():
+    now = 0.0
+    policy = AutoPolicy([acceptance()], LONGEST, clock=lambda: now)
+    policy.times = [replace(BOUND, plain=(0.02, 0.16))]
+    for number in range(400):
+        now += 0.035 if number % 2 else 0.021
+        if number % 2:
+            policy.interrupt()
+        policy.begin(1)
+    assert policy._around == pytest.approx(0.001)
+    assert policy._seen[1].plain.value == pytest.approx(0.021)
+
+
+def test_a_head_that_once_took_long_is_asked_again():
+    policy = auto(CPU)
+    policy._clock = lambda: 0.0
+    policy._overhead = 0.02
+    asked = [policy.begin(1) for _ in range(3000)]
+    assert not any(asked[:100])
+    assert any(asked)
+
+
 def test_times_are_interpolated_and_extended():
     assert CPU.at("shallow", 0) == 0
     assert CPU.at("shallow", 1) == 5e-3

@@ -167,6 +167,9 @@ class Policy(Protocol):
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
 
+    def interrupt(self) -> None:
+        """Learn nothing from how long the last round took: there were prompts, or a pause, before the next one."""
+
 
 class FixedPolicy:
     """LayerSkip's rule: always draft the full length."""
@@ -184,6 +187,9 @@ class FixedPolicy:
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Learn nothing."""
+
+    def interrupt(self) -> None:
+        """Learn nothing anyway."""
 
 
 class EntropyPolicy(FixedPolicy):
@@ -277,6 +283,8 @@ class AutoPolicy:
             self._tokens += added
             worth = self._choose_exit(num_seqs - len(self._copies))
         asked = worth > 0
+        if not asked:
+            self._overhead *= Acceptance.FORGET
         for number, acceptance in enumerate(self._acceptances):
             if not asked or number != self.exit:
                 acceptance.forget()
@@ -374,6 +382,10 @@ class AutoPolicy:
             if n > accepted:
                 return
             self._acceptances[cut].learn(expected, n < accepted)
+
+    def interrupt(self) -> None:
+        """See ``Policy``."""
+        self._began = 0.0
 
     @property
     def _drafts(self) -> bool:
@@ -477,7 +489,7 @@ class AutoPolicy:
             tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
             self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
         took = now - began
-        if not began or took > 2 * predicted:  # there was a prompt or a pause in between
+        if not began or took > 2 * predicted:  # something else ran in between
             return
         self.predicted_seconds += predicted
         self.measured_seconds += took

@@ -185,12 +185,15 @@ class SelfExitProposer:
         return max(0, min(longest, wanted - 1))
 
     def _learn(self, runner: Any, sampled_token_ids: list[list[int]], verified: list[int] | None) -> None:
-        """Tell the policy what became of the last round's drafts."""
+        """Tell the policy what became of the last round's drafts, and whether there was nothing but that round."""
         last_round, self._verifying = self._verifying, None
+        batch = runner.input_batch
+        if last_round is None or any(id(runner.requests[req_id]) not in last_round.rows for req_id in batch.req_ids):
+            self.drafter.policy.interrupt()
         if last_round is None or verified is None:
             return
         for row, (sampled, drafted) in enumerate(zip(sampled_token_ids, verified, strict=True)):
-            found = last_round.rows.get(id(runner.requests[runner.input_batch.req_ids[row]]))
+            found = last_round.rows.get(id(runner.requests[batch.req_ids[row]]))
             if found is not None and sampled and drafted:
                 self.drafter.policy.learn(found, drafted, len(sampled) - 1)
 

@@ -1,0 +1,44 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.runner_v1 import Round, SelfExitProposer
+
+
+class Listener:
+    """A policy that takes note of what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def learn(self, *what: int) -> None:
+        self.told.append(what)
+
+    def interrupt(self) -> None:
+        self.told.append("interrupted")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("ab", "ab", [(0, 3, 1), (1, 2, 2)]),
+        ("ab", "b", [(1, 3, 1)]),
+        ("b", "ab", ["interrupted", (0, 2, 2)]),
+        ("", "ab", ["interrupted"]),
+    ],
+    ids=["the same requests", "one is done", "one is new", "no round before"],
+)
+def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before: str, now: str, told: list[Any]):
+    requests = {name: object() for name in "ab"}
+    runner = SimpleNamespace(requests=requests, input_batch=SimpleNamespace(req_ids=list(now)))
+    policy = Listener()
+    proposer = SelfExitProposer.__new__(SelfExitProposer)
+    proposer.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
+    places = torch.zeros(len(before), dtype=torch.int64)
+    rows = {id(requests[name]): row for row, name in enumerate(before)}
+    proposer._verifying = Round(Frontier(places, places, places), rows, [], []) if before else None
+    proposer._learn(runner, [[5, 6], [7, 8, 9]][: len(now)], [3, 2][: len(now)])
+    assert policy.told == told
