@@ -110,8 +110,9 @@ def test_what_a_prompt_or_a_pause_took_is_not_learned():
 
 
 def test_a_head_that_once_took_long_is_asked_again():
-    policy = auto(CPU)
+    policy = auto(CPU, sharpness=0.3)
     policy._clock = lambda: 0.0
+    assert policy.begin(1)
     policy._overhead = 0.02
     asked = [policy.begin(1) for _ in range(3000)]
     assert not any(asked[:100])

@@ -29,7 +29,7 @@ SEEN, CERTAIN = 4, 3.0
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 TOLERANCE = 0.02
-"""Change of rate times correction from which on values are tabulated anew."""
+"""Change of what values depend on from which on they are tabulated anew."""
 
 
 @dataclass
@@ -250,7 +250,7 @@ class AutoPolicy:
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
-        self._values: dict[tuple[int, int], tuple[float, list[np.ndarray]]] = {}
+        self._values: dict[tuple[int, int], tuple[tuple[float, float], list[np.ndarray]]] = {}
         self._drafted: dict[int, list[tuple[int, float]]] = {}
         self._around: float | None = None
         self._overhead = self._spent = self._began = 0.0
@@ -455,10 +455,10 @@ class AutoPolicy:
         n = len(reached)
         if step >= self._longest:
             return np.full(n, -1.0)
-        key = self._rate * self._acceptance.correction
+        now = (self._rate * self._acceptance.correction, 1 + self._rate * self._head(n, self.exit))
         known = self._values.get((self.exit, n))
-        if known is None or abs(known[0] / key - 1) > TOLERANCE:
-            known = self._values[self.exit, n] = (key, self._tabulate(n))
+        if known is None or max(abs(then / value - 1) for then, value in zip(known[0], now, strict=True)) > TOLERANCE:
+            known = self._values[self.exit, n] = (now, self._tabulate(n))
         return np.interp(reached, GRID, known[1][step])
 
     def _tabulate(self, n: int) -> list[np.ndarray]:
