@@ -109,6 +109,15 @@ def test_what_a_prompt_or_a_pause_took_is_not_learned():
     assert policy._seen[1].plain.value == pytest.approx(0.021)
 
 
+def test_where_prompts_come_all_the_time_it_drafts_all_the_same():
+    policy = auto(CPU, sharpness=0.3)
+    asked = []
+    for _ in range(1000):
+        policy.interrupt()
+        asked.append(policy.begin(1))
+    assert sum(asked) >= 988, "8 rounds at first, and then one in 256, show what plain ones take"
+
+
 def test_a_head_that_once_took_long_is_asked_again():
     policy = auto(CPU, sharpness=0.3)
     policy._clock = lambda: 0.0

@@ -69,6 +69,7 @@ class Seen:
         plain: Seconds of a round without a draft.
         gain: Of a round with one: tokens that it yielded over what plain decoding would have in its time.
         rounds: Rounds so far.
+        probes: Those in which nothing was drafted only to see what a plain one takes.
         pause: Rounds until drafting is tried again, once it is stopped.
         resume: The round when it will be.
     """
@@ -76,6 +77,7 @@ class Seen:
     plain: Mean = field(default_factory=Mean)
     gain: Mean = field(default_factory=Mean)
     rounds: int = 0
+    probes: int = 0
     pause: int = RETRY
     resume: int = 0
 
@@ -271,7 +273,8 @@ class AutoPolicy:
         self._accepted, self._drafted = 0, {}
         seen = self._seen[num_seqs]
         seen.rounds += 1
-        if seen.rounds % (PROBE_FIRST if seen.plain.count < PROBES else PROBE_LATER) == 0:
+        if seen.rounds % (PROBE_FIRST if seen.probes < PROBES else PROBE_LATER) == 0:
+            seen.probes += 1
             return False
         if not seen.drafts():
             return False
