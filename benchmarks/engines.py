@@ -181,8 +181,7 @@ class VLLMEngine:
         proposer.propose = limited
 
     def _expected(self) -> tuple[float, float]:
-        drafter = getattr(getattr(runner_of(self._llm), "drafter", None), "drafter", None)
-        policy = getattr(drafter, "policy", None)
+        policy = getattr(drafter_of(self._llm), "policy", None)
         return getattr(policy, "predicted_seconds", 0.0), getattr(policy, "measured_seconds", 0.0)
 
     def _counts(self) -> list[int]:
@@ -232,6 +231,11 @@ def runner_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def drafter_of(llm: Any) -> Any:
+    """Return the self-exit drafter of an in-process V1 engine, None if it has none."""
+    return getattr(getattr(runner_of(llm), "drafter", None), "drafter", None)
+
+
 def build(config: str, setup: Setup) -> Engine:
     """Return the engine of a configuration; see ``speculative_config``, and ``transformers:E``."""
     return TransformersEngine(config, setup) if config.startswith("transformers") else VLLMEngine(config, setup)
@@ -258,8 +262,7 @@ def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) ->
 @contextmanager
 def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of a step's parts in ``parts`` while an in-process V1 engine runs."""
-    runner = runner_of(llm)
-    drafter = getattr(getattr(runner, "drafter", None), "drafter", None)
+    runner, drafter = runner_of(llm), drafter_of(llm)
     watched: list[tuple[str, Any, str]] = [("lm_head", runner.model, "compute_logits")]
     if drafter is None:
         watched.append(("layers", runner.model, "forward"))

@@ -46,14 +46,15 @@ def verify(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> SamplerOutput:
         Token ids, int32 [num_requests, longest draft + 1], with vLLM's placeholder after the last one of each request.
     """
     best = logits.max(dim=-1).indices.to(torch.int32)
+    targets, bonus = best[metadata.target_logits_indices], best[metadata.bonus_logits_indices]
     device, longest = logits.device, metadata.max_spec_len
     counts = torch.tensor(metadata.num_draft_tokens, device=device)
     drafted = torch.arange(longest, device=device) < counts[:, None]
     chosen = torch.full((len(counts), longest + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=device)
-    chosen[:, :-1][drafted] = best[metadata.target_logits_indices]
-    chosen.scatter_(1, counts[:, None], best[metadata.bonus_logits_indices][:, None])
+    chosen[:, :-1][drafted] = targets
+    chosen.scatter_(1, counts[:, None], bonus[:, None])
     agreed = torch.zeros(len(counts), longest, dtype=torch.bool, device=device)
-    agreed[drafted] = metadata.draft_token_ids == best[metadata.target_logits_indices]
+    agreed[drafted] = metadata.draft_token_ids == targets
     accepted = agreed.cumprod(dim=1).sum(dim=1)
     rejected = torch.arange(longest + 1, device=device) > accepted[:, None]
     return SamplerOutput(chosen.masked_fill_(rejected, PLACEHOLDER_TOKEN_ID), None)

@@ -385,8 +385,8 @@ SEAMS = (
     Seam(
         target="vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
         stage="engine",
-        why="For greedy requests vLLM copies the logits of all draft tokens three times to find the largest, which on "
-        "CPUs takes longer than anything else that the host does in a round.",
+        why="For greedy requests vLLM copies the logits of all draft tokens three times to find the largest, which "
+        "costs noticeable time on CPUs.",
         how="Finds it in place if every request of the batch is greedy and nothing else is asked of its logits.",
         upstream="The same in vLLM's rejection sampler would replace it.",
         expects=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
