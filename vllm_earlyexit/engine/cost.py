@@ -15,7 +15,7 @@ from vllm_earlyexit.heads.checkpoint import write_whole
 logger = logging.getLogger("vllm.earlyexit")
 
 DRIFT = 0.2
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
 
 
@@ -185,22 +185,34 @@ class Acceptance:
 
 
 class Copying:
-    """How often copied tokens are accepted, one by one, by how many of the newest tokens occurred before."""
+    """How often copied tokens are accepted, by how many of the newest tokens occurred before.
+
+    The first copied token and those behind it are told apart: where a copy goes on at all it tends to go on for long.
+    """
 
     PRIOR = 10.0
-    """Verified tokens that the first guess is worth."""
-    MEMORY = 0.99
+    """Verified tokens that a first guess is worth."""
+    MEMORY = 0.995
+    FORGET = 0.999
 
     def __init__(self) -> None:
-        self._seen = [[self.PRIOR * (1 - 0.5 ** (length / 2)), self.PRIOR] for length in range(LONGEST + 1)]
+        lengths = np.arange(LONGEST + 1)
+        self._guess = np.stack([1 - 0.5 ** (lengths / 2), 1 - 0.5 ** ((lengths + 1) / 2)], axis=1)
+        self._accepted, self._verified = np.zeros_like(self._guess), np.zeros_like(self._guess)
 
-    def of(self, length: int) -> float:
-        """Return the acceptance probability of a copied token if those before it are accepted."""
-        accepted, verified = self._seen[length]
-        return accepted / verified
+    def of(self, length: int, count: int) -> np.ndarray:
+        """Return for each of ``count`` copied tokens the probability that it and all before it are accepted."""
+        accepted = self._accepted[length] + self.PRIOR * self._guess[length]
+        first, later = accepted / (self._verified[length] + self.PRIOR)
+        return first * later ** np.arange(count)
 
     def learn(self, length: int, verified: int, accepted: int) -> None:
-        """Take note of a copy of ``verified`` tokens of which the first ``accepted`` were accepted."""
-        seen = self._seen[length]
-        seen[0] = self.MEMORY * seen[0] + accepted
-        seen[1] = self.MEMORY * seen[1] + min(verified, accepted + 1)
+        """Take note of a copy of ``verified`` tokens, at least one, of which the first ``accepted`` were accepted."""
+        tested, right = min(verified, accepted + 1), min(1, accepted)
+        self._accepted[length] = self.MEMORY * self._accepted[length] + [right, accepted - right]
+        self._verified[length] = self.MEMORY * self._verified[length] + [1, tested - 1]
+
+    def forget(self, length: int) -> None:
+        """Move a little back to the first guess; called when nothing is copied, so that it is tried again."""
+        self._accepted[length] *= self.FORGET
+        self._verified[length] *= self.FORGET

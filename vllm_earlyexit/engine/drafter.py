@@ -1,6 +1,5 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -83,7 +82,11 @@ class SelfExitDrafter:
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
 
     def draft(
-        self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext, repeat: Callable[[int], Repeat]
+        self,
+        frontier: Frontier,
+        previous: torch.Tensor,
+        kv_context: KVContext,
+        repeat: Callable[[int, Sequence[int]], Repeat],
     ) -> list[list[int]]:
         """Draft until every sequence has stopped; return the drafted tokens of each.
 
@@ -91,18 +94,23 @@ class SelfExitDrafter:
             frontier: The sequences, each at its newest token; afterwards it holds what is pending.
             previous: The full model's final hidden state of the token before that, [num_seqs, hidden_size].
             kv_context: Where a step's KV is.
-            repeat: From a row to what followed when the sequence's newest tokens last occurred in it.
+            repeat: From a row and tokens drafted for it to what followed when these and the newest tokens before them
+                last occurred in the sequence.
         """
-        found = functools.cache(repeat)
+        found: list[Repeat] = []
 
         def lookup() -> list[Repeat]:
-            return [found(row) for row in range(frontier.num_seqs)] if self._prompt_lookup else []
+            if self._prompt_lookup:
+                found[:] = [repeat(row, frontier.drafted(row)) for row in range(frontier.num_seqs)]
+            return found
 
         ask = self.policy.begin(frontier.num_seqs, lookup)
         if copied := self.policy.copied:
-            frontier.copy({row: found(row).tokens[:count] for row, count in copied.items()})
+            frontier.copy({row: found[row].tokens[:count] for row, count in copied.items()})
         if ask:
             self._ask(frontier, previous.clone(), kv_context)
+            if copied := self.policy.append(lookup):
+                frontier.copy({row: found[row].tokens[:count] for row, count in copied.items()})
         return frontier.drafts()
 
     def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:

@@ -129,16 +129,20 @@ class Frontier:
         self._step = self._next(rows, tokens, step.positions[kept] + 1)
 
     def copy(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Draft these tokens for some sequences before the round's first step, and take them out of the round."""
+        """Draft these tokens for some sequences behind what they have drafted, and take them out of the round."""
         for row, tokens in drafts.items():
             self._tokens[row] += tokens
         step = self._step
         others = torch.tensor([row not in drafts for row in step.rows.tolist()], dtype=torch.bool).to(step.rows.device)
         self._step = Step(step.rows[others], step.input_ids[others], step.positions[others])
 
+    def drafted(self, row: int) -> list[int]:
+        """Return the drafted tokens of a sequence, possibly none."""
+        return self._tokens[row][1:]
+
     def drafts(self) -> list[list[int]]:
-        """Return the drafted tokens of each sequence, possibly none."""
-        return [tokens[1:] for tokens in self._tokens]
+        """Return the drafted tokens of each sequence."""
+        return [self.drafted(row) for row in range(self.num_seqs)]
 
     def pending(self, row: int) -> list[int]:
         """Return the pending tokens of a sequence, from its newest token on."""

@@ -107,10 +107,12 @@ class Copy:
     Attributes:
         length: How many of its newest tokens occurred before.
         count: Tokens to copy.
+        behind: How many tokens of the head's they stand behind.
     """
 
     length: int
     count: int
+    behind: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,13 @@ class Policy(Protocol):
             cut: Which exit's head was asked; a later one than ``exit`` for tokens that went deeper in the same step.
         """
 
+    def append(self, lookup: Lookup) -> Mapping[int, int]:
+        """Say for which sequences to copy how many tokens behind what the head has drafted for them, possibly nothing.
+
+        Args:
+            lookup: Tells of each sequence what followed when its newest tokens, drafted ones included, last occurred.
+        """
+
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
 
@@ -186,6 +195,10 @@ class FixedPolicy:
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep every token and go on."""
         return Decision(torch.ones_like(rows, dtype=torch.bool))
+
+    def append(self, lookup: Lookup) -> Mapping[int, int]:
+        """Copy nothing."""
+        return self.copied
 
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Learn nothing."""
@@ -233,9 +246,9 @@ class AutoPolicy:
     verifying one more token; the layers are counted as if verification did not need them anyway.
 
     Where a sequence's newest tokens occurred in it before, what followed then costs no draft step. Such a copy is taken
-    instead of asking the head if it is worth more; how often copies are accepted, by the length of what occurred
-    before, is learned from verification. Rounds that copy leave λ alone: a token drafted elsewhere saves a round of the
-    kind that is left there, not one of the fast ones.
+    instead of asking the head if it is worth more, and behind what the head has drafted; how often copies are accepted,
+    by the length of what occurred before, is learned from verification. Copies leave λ alone: a token drafted elsewhere
+    saves a round of the kind that is left there, not one of the fast ones.
 
     Args:
         acceptances: From entropy to acceptance, for each exit.
@@ -249,13 +262,14 @@ class AutoPolicy:
         self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
         self._copying = Copying()
         self._copies: dict[int, Copy] = {}
+        self._fast = False
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
         self._values: dict[tuple[int, int], tuple[tuple[float, float], list[np.ndarray]]] = {}
         self._drafted: dict[int, list[tuple[int, float]]] = {}
         self._around: float | None = None
-        self._overhead = self._spent = self._began = 0.0
+        self._overhead = self._spent = self._appended = self._began = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
         self._seen: dict[int, Seen] = defaultdict(Seen)
         self._compared = 0
@@ -267,10 +281,10 @@ class AutoPolicy:
         if self.times is None:
             return False
         self._close()
-        self._copies = {}
+        self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
-        self._accepted, self._drafted = 0, {}
+        self._accepted, self._drafted, self._appended = 0, {}, 0.0
         seen = self._seen[num_seqs]
         seen.rounds += 1
         if seen.rounds % (PROBE_FIRST if seen.probes < PROBES else PROBE_LATER) == 0:
@@ -279,11 +293,11 @@ class AutoPolicy:
         if not seen.drafts():
             return False
         worth = self._choose_exit(num_seqs)
-        self._copies = self._worth_copying(lookup(), max(0.0, worth / num_seqs))
-        if self._copies:
-            added = sum(self.copied.values())
-            self._spent += float(self._copied_added(added))
-            self._tokens += added
+        repeats = lookup()
+        self._copies = self._worth_copying(repeats, self._reached, max(0.0, worth / num_seqs))
+        self._fast = bool(self._copies)
+        if self._fast:
+            self._spent += self._copy(self._copies)
             worth = self._choose_exit(num_seqs - len(self._copies))
         asked = worth > 0
         if not asked:
@@ -307,23 +321,48 @@ class AutoPolicy:
         self.exit = int(np.argmax(worth))
         return worth[self.exit]
 
-    def _worth_copying(self, repeats: Sequence[Repeat], drafting: float) -> "dict[int, Copy]":
-        """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is."""
-        offers = [(row, self._copying.of(r.length), n) for row, r in enumerate(repeats) for n in range(len(r.tokens))]
+    def _worth_copying(self, repeats: Sequence[Repeat], reached: np.ndarray, drafting: float) -> "dict[int, Copy]":
+        """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is.
+
+        Args:
+            repeats: Of each row, or none.
+            reached: Probability that all that is drafted of a row so far is accepted, [num_seqs].
+            drafting: Tokens that drafting is worth to each row.
+        """
+        offers = [(row, repeat) for row, repeat in enumerate(repeats) if repeat.tokens]
         if not offers:
             return {}
-        rows, each, place = (np.array(column) for column in zip(*offers, strict=True))
-        chance = each ** (place + 1)
+        rows = np.concatenate([np.full(len(repeat.tokens), row) for row, repeat in offers])
+        chance = np.concatenate(
+            [reached[row] * self._copying.of(repeat.length, len(repeat.tokens)) for row, repeat in offers]
+        )
         taken = self._together(chance, self._copied_added(np.arange(1, len(chance) + 1)))
-        if not len(taken):
-            return {}
-        cost = self._rate * float(self._copied_added(len(taken))) / len(taken)
+        cost = self._rate * float(self._copied_added(len(taken))) / max(1, len(taken))
         found: dict[int, Copy] = {}
-        for row in np.unique(rows[taken]).tolist():
+        for row, repeat in offers:
             own = chance[taken][rows[taken] == row]
             if own.sum() - cost * len(own) > drafting:
-                found[row] = Copy(repeats[row].length, len(own))
+                found[row] = Copy(repeat.length, len(own), len(self._drafted.get(row, [])))
+            else:
+                self._copying.forget(repeat.length)
         return found
+
+    def _copy(self, copies: "Mapping[int, Copy]") -> float:
+        """Take note that these tokens are verified too; return the seconds that this adds."""
+        added = sum(copy.count for copy in copies.values())
+        seconds = float(self._copied_added(added))
+        self._tokens += added
+        return seconds
+
+    def append(self, lookup: Lookup) -> Mapping[int, int]:
+        """Copy as much as raises the rate."""
+        if not self._asked:
+            return {}
+        without = [Repeat() if row in self._copies else repeat for row, repeat in enumerate(lookup())]
+        found = self._worth_copying(without, self._reached, 0.0)
+        self._appended = self._copy(found)
+        self._copies |= found
+        return {row: copy.count for row, copy in found.items()}
 
     def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
@@ -379,8 +418,9 @@ class AutoPolicy:
     def learn(self, row: int, verified: int, accepted: int) -> None:
         """Compare what was expected of a sequence's drafts with what verification said."""
         self._accepted += accepted
-        if (copy := self._copies.get(row)) is not None:
-            self._copying.learn(copy.length, verified, accepted)
+        copy = self._copies.get(row)
+        if copy is not None and copy.behind <= min(accepted, verified - 1):
+            self._copying.learn(copy.length, verified - copy.behind, accepted - copy.behind)
         for n, (cut, expected) in enumerate(self._drafted.get(row, [])[:verified]):
             if n > accepted:
                 return
@@ -488,9 +528,10 @@ class AutoPolicy:
         )
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent
-        if not self._copies:
+        if not self._fast:
             tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
             self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
+        predicted += self._appended
         took = now - began
         if not began or took > 2 * predicted:  # something else ran in between
             return

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
-from vllm_earlyexit.engine.cost import measured
+from vllm_earlyexit.engine.cost import SIZES, measured
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.lookup import repeat_in
@@ -72,7 +72,7 @@ class SelfExitProposer:
 
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""
-        known = [self.vllm_config.compute_hash(), longest, cpu_name(), torch.get_num_threads()]
+        known = [self.vllm_config.compute_hash(), SIZES, longest, cpu_name(), torch.get_num_threads()]
         if torch.accelerator.is_available():
             known.append(torch.get_device_module().get_device_name())
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
@@ -125,7 +125,7 @@ class SelfExitProposer:
             lambda on, counts, at: self._kv_context(
                 runner, {group: _of_rows(table, on) for group, table in blocks.items()}, counts, at
             ),
-            lambda n: repeat_in(runner.input_batch.token_ids_cpu[rows[n], : positions[n] + 1], limits[n]),
+            lambda n, draft: repeat_in(self._text(runner, rows[n], positions[n], draft), limits[n] - len(draft)),
         )
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
         self._round = Round(frontier, {id(request): n for n, request in enumerate(requests)}, requests, positions)
@@ -169,6 +169,12 @@ class SelfExitProposer:
 
         states = last_round.frontier.states(tensor(np.repeat(held[:, 0], resumed)), tensor(columns))
         return self.drafter.verify(input_ids, positions, Pending(tensor(at), states, passed), context)
+
+    @staticmethod
+    def _text(runner: Any, row: int, position: int, draft: Sequence[int]) -> np.ndarray:
+        """Return a batch row's tokens up to a position, followed by a draft."""
+        tokens = runner.input_batch.token_ids_cpu[row, : position + 1]
+        return np.concatenate([tokens, np.array(draft, dtype=tokens.dtype)]) if draft else tokens
 
     def _limit(self, request: Any, position: int, longest: int) -> int:
         """Return how many tokens are worth drafting for a request whose newest token stands at ``position``.
