@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,26 +132,30 @@ def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference):
 
 
 def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference):
-    """Sequences that are copied, whatever that is worth, stand beside others that are drafted for."""
+    """Whatever that is worth, sequences are copied beside others that are drafted for, and behind what was drafted."""
     setting = {"method": "self_exit", "policy": "auto"}
     with engine(smollm2, speculative_config=setting) as llm:
         policy = runner_of(llm).drafter.drafter.policy
         draft_from_each_exit_in_turn(policy)
-        copied = 0
+        copied: list[Copy] = []
 
-        def copy_all(repeats: Sequence[Repeat], drafting: float) -> dict[int, Copy]:
-            nonlocal copied
-            found = {row: Copy(r.length, len(r.tokens)) for row, r in enumerate(repeats) if r.tokens}
-            copied += len(found)
+        def copy_all(repeats: Sequence[Repeat], reached: np.ndarray, drafting: float) -> dict[int, Copy]:
+            found = {
+                row: Copy(repeat.length, len(repeat.tokens), len(policy._drafted.get(row, [])))
+                for row, repeat in enumerate(repeats)
+                if repeat.tokens
+            }
+            copied.extend(found.values())
             return found
 
         policy._worth_copying = copy_all
         for batch_size in (8, 1):
             plain.check(answer(llm, plain.prompts, batch_size), batch_size)
         counted = counters(llm)
-    assert copied > 100
+    assert len(copied) > 100
+    assert sum(copy.behind > 0 for copy in copied) > 20
     assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
-    assert counted["drafts"] > copied, "heads drafted as well"
+    assert counted["drafts"] > len(copied), "heads drafted as well"
 
 
 def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):

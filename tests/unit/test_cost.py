@@ -131,8 +131,10 @@ def test_a_head_that_once_took_long_is_asked_again():
 def test_times_are_interpolated_and_extended():
     assert CPU.at("shallow", 0) == 0
     assert CPU.at("shallow", 1) == 5e-3
-    assert CPU.at("deep", 4.5) == pytest.approx(16e-3)
+    assert CPU.at("deep", 4) == pytest.approx(15e-3 + 2e-3 * 3 / 7)
     assert CPU.at("plain", 15) == pytest.approx(24e-3)
+    assert CPU.at("plain", np.array([0, 1, 8, 15, 22])) == pytest.approx(np.array([0, 20, 22, 24, 26]) * 1e-3)
+    assert StepTimes((1,), (1.0,), (2.0,), (3.0,), (4.0,)).at("plain", np.array([0, 1, 5])).tolist() == [0, 4, 4]
 
 
 def test_measured_times_never_fall_with_size():

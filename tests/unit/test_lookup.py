@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.unit.test_cost import BOUND, CPU, FREE, auto
 from vllm_earlyexit.engine.cost import Copying
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.policy import FixedPolicy
 from vllm_earlyexit.engine.lookup import LONGEST, SHORTEST, Repeat, repeat_in
+from vllm_earlyexit.engine.policy import FixedPolicy
 
 SURE = Repeat(LONGEST, (5, 6, 7, 8))
 

@@ -19,6 +19,9 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
 
 
+PARTS = ("shallow", "head", "deep", "plain")
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds that the parts of a step take for n tokens, measured at start-up.
@@ -37,21 +40,24 @@ class StepTimes:
     deep: tuple[float, ...]
     plain: tuple[float, ...]
 
-    def at(self, part: str, n: np.ndarray | float) -> np.ndarray:
+    def at(self, part: str, n: np.ndarray | int) -> np.ndarray:
         """Return a part's seconds for n tokens: linear between the measured sizes and beyond the last; 0 for none."""
-        return self._known(part, n) if isinstance(n, int) else self._interpolated(part, n)
+        table = self._tables[part]
+        last = len(table) - 1
+        if isinstance(n, int):
+            return table[n] if n <= last else table[last] + (n - last) * (table[last] - table[last - 1])
+        return table[np.minimum(n, last)] + np.maximum(0, n - last) * (table[last] - table[last - 1])
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 (times live as long as the process)
-    def _known(self, part: str, n: int) -> np.ndarray:
-        return self._interpolated(part, n)
+    @functools.cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        return {part: self._table(getattr(self, part)) for part in PARTS}
 
-    def _interpolated(self, part: str, n: np.ndarray | float) -> np.ndarray:
-        times = getattr(self, part)
-        seconds = np.interp(n, self.sizes, times)
-        if len(self.sizes) > 1:
-            slope = (times[-1] - times[-2]) / (self.sizes[-1] - self.sizes[-2])
-            seconds = seconds + max(0.0, slope) * np.maximum(0, np.asarray(n) - self.sizes[-1])
-        return np.where(np.asarray(n) > 0, seconds, 0.0)
+    def _table(self, times: tuple[float, ...]) -> np.ndarray:
+        """Return the seconds for 0 tokens, 1 token, and so on, to the first size behind the last measured one."""
+        slope = (times[-1] - times[-2]) / (self.sizes[-1] - self.sizes[-2]) if len(self.sizes) > 1 else 0.0
+        table = np.interp(np.arange(self.sizes[-1] + 2), self.sizes, times)
+        table[0], table[-1] = 0.0, times[-1] + max(0.0, slope)
+        return table
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ SEEN, CERTAIN = 4, 3.0
 """Rounds of either kind before they are compared, and by how many standard errors drafting must be slower to stop."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
-TOLERANCE = 0.02
+TOLERANCE = 0.05
 """Change of what values depend on from which on they are tabulated anew."""
 
 
@@ -269,7 +269,7 @@ class AutoPolicy:
         self._values: dict[tuple[int, int], tuple[tuple[float, float], list[np.ndarray]]] = {}
         self._drafted: dict[int, list[tuple[int, float]]] = {}
         self._around: float | None = None
-        self._overhead = self._spent = self._appended = self._began = 0.0
+        self._overhead = self._spent = self._appended = self._began = self._rate = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
         self._seen: dict[int, Seen] = defaultdict(Seen)
         self._compared = 0
@@ -284,6 +284,7 @@ class AutoPolicy:
         self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
+        self._rate = self._reachable()
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
         seen = self._seen[num_seqs]
         seen.rounds += 1
@@ -403,8 +404,10 @@ class AutoPolicy:
         """
         n = len(reached)
         chosen = np.zeros(n, dtype=bool)
+        if cut + 1 == len(self._acceptances) or not reached.any():
+            return chosen
         expected = self._acceptances[cut].deeper(self._step, entropy)
-        if expected is None or cut + 1 == len(self._acceptances):
+        if expected is None:
             return chosen
         gain = reached * np.clip(expected * self._acceptances[cut + 1].correction, 0.0, 1.0)
         rows = np.arange(1, n + 1)
@@ -449,9 +452,8 @@ class AutoPolicy:
         self.exit = number
         return float(self._asking(np.ones(num_seqs), 0).sum())
 
-    @property
-    def _rate(self) -> float:
-        """Tokens per second of the batch: plain decoding's, or what drafting reached for such a batch, if more."""
+    def _reachable(self) -> float:
+        """Return the batch's tokens per second: plain decoding's, or what drafting reached, if that is more."""
         plain = self._batch / (float(self._times.at("plain", self._batch)) + (self._around or 0.0))
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
