@@ -139,7 +139,7 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference):
         draft_from_each_exit_in_turn(policy)
         copied: list[Copy] = []
 
-        def copy_all(repeats: Sequence[Repeat], reached: np.ndarray, drafting: float) -> dict[int, Copy]:
+        def copy_all(repeats: Sequence[Repeat], reached: np.ndarray, **others: float) -> dict[int, Copy]:
             found = {
                 row: Copy(repeat.length, len(repeat.tokens), len(policy._drafted.get(row, [])))
                 for row, repeat in enumerate(repeats)

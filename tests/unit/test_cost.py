@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
+from vllm_earlyexit.engine.lookup import SHORTEST, Repeat
 from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Lookup, Policy, nothing
 
 ENTROPY = np.linspace(0, 4, 32)
@@ -137,11 +138,26 @@ def test_times_are_interpolated_and_extended():
     assert StepTimes((1,), (1.0,), (2.0,), (3.0,), (4.0,)).at("plain", np.array([0, 1, 5])).tolist() == [0, 4, 4]
 
 
-def test_measured_times_never_fall_with_size():
-    seconds = {1: 3.0, 2: 2.0, 4: 5.0}
-    times = measure(lambda n: [seconds[n]] * 4, longest=5)
-    assert times.sizes == (1, 2, 4)
-    assert times.of_exit(0) == StepTimes((1, 2, 4), *[(2.0, 2.0, 5.0)] * 4)
+def test_a_slow_size_is_filled_up_to_a_faster_one():
+    seconds = {1: 3.0, 2: 4.0, 3: 2.0, 4: 5.0}
+    times = measure(lambda n: [seconds[n]] * 4, longest=4)
+    assert times.sizes == (1, 2, 3, 4)
+    step = times.of_exit(0)
+    assert step == StepTimes((1, 2, 3, 4), *[(2.0, 2.0, 2.0, 5.0)] * 3, (3.0, 4.0, 2.0, 5.0))
+    assert [float(step.spare(n)) for n in range(7)] == [0, 1, 2, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("plain", "copied"), [((20, 20, 20, 20), {}), ((20, 30, 20, 20), {0: 1}), ((20, 30, 30, 20), {0: 2})]
+)
+def test_a_slow_size_is_filled_with_unlikely_copies(plain: tuple[int, ...], copied: dict[int, int]):
+    parts = {"shallow": (5e-3,) * 4, "head": (2e-4,) * 4, "deep": (15e-3, 16e-3, 17e-3, 18e-3)}
+    policy = auto(StepTimes((1, 2, 3, 4), **parts, plain=tuple(1e-3 * n for n in plain)), sharpness=0.3)
+    for _ in range(1000):
+        policy._copying.learn(SHORTEST, 1, 0)
+    assert policy.begin(1)
+    assert policy.decide(torch.arange(1), torch.tensor([0.01]), 0).keep.all()
+    assert policy.append(lambda: [Repeat(SHORTEST, (5, 6, 7, 8))]) == copied
 
 
 def test_each_exit_has_the_layers_below_and_above_it():

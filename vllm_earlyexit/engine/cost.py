@@ -15,7 +15,7 @@ from vllm_earlyexit.heads.checkpoint import write_whole
 logger = logging.getLogger("vllm.earlyexit")
 
 DRIFT = 0.2
-SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
 
 
@@ -31,7 +31,8 @@ class StepTimes:
         shallow: The layers below the cut.
         head: What drafting adds to feeding n tokens below the cut: exit head, choice, entropy, bookkeeping.
         deep: The layers above the cut, and lm_head for every token.
-        plain: One plain decoding step of n sequences without vLLM's own work around the model.
+        plain: One plain decoding step of n sequences without vLLM's own work around the model. More sequences may take
+            less, where kernels are better at their number; the other parts are given as if filled up to it.
     """
 
     sizes: tuple[int, ...]
@@ -47,6 +48,15 @@ class StepTimes:
         if isinstance(n, int):
             return table[n] if n <= last else table[last] + (n - last) * (table[last] - table[last - 1])
         return table[np.minimum(n, last)] + np.maximum(0, n - last) * (table[last] - table[last - 1])
+
+    def spare(self, n: np.ndarray | int) -> np.ndarray:
+        """Return the seconds that a step of n tokens takes longer than the fastest of at least as many."""
+        return self._spare[np.minimum(n, len(self._spare) - 1)]
+
+    @functools.cached_property
+    def _spare(self) -> np.ndarray:
+        plain = self._tables["plain"][1:]
+        return np.append(0.0, plain - np.minimum.accumulate(plain[::-1])[::-1])
 
     @functools.cached_property
     def _tables(self) -> dict[str, np.ndarray]:
@@ -81,7 +91,7 @@ class PartTimes:
         return StepTimes(self.sizes, tuple(shallow.tolist()), heads[number], tuple(deep.tolist()), plain)
 
 
-def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 5) -> PartTimes:
+def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 7) -> PartTimes:
     """Time every part at every size up to ``longest`` tokens.
 
     Args:
@@ -91,13 +101,14 @@ def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 5) -
         repeats: Runs of each size; the median counts.
     """
     sizes = [size for size in SIZES if size <= longest] or [1]
-    times = []
     for size in sizes:
         run(size)
-        times.append(np.median([run(size) for _ in range(repeats)], axis=0))
-    # More tokens never cost less: what was measured for fewer was disturbed.
-    rising = np.minimum.accumulate(np.array(times)[::-1], axis=0)[::-1]
-    return PartTimes(tuple(sizes), tuple(map(tuple, rising.T.tolist())))
+    # Sizes take turns: what disturbs the machine for a while disturbs them all.
+    times = np.median([[run(size) for size in sizes] for _ in range(repeats)], axis=0)
+    # A step that is slower than one of more tokens can be filled up to it, so its parts are worth what that one's are.
+    *parts, plain = times.T
+    rising = np.minimum.accumulate(np.array(parts)[:, ::-1], axis=1)[:, ::-1]
+    return PartTimes(tuple(sizes), (*map(tuple, rising.tolist()), tuple(plain.tolist())))
 
 
 def measured(path: Path, run: Callable[[int], list[float]], longest: int) -> PartTimes:

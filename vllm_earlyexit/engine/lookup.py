@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHORTEST, LONGEST = 2, 8
+SHORTEST, LONGEST = 1, 8
 """Tokens that must have occurred before, and how many are looked at."""
 
 

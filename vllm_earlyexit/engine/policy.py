@@ -248,7 +248,8 @@ class AutoPolicy:
     Where a sequence's newest tokens occurred in it before, what followed then costs no draft step. Such a copy is taken
     instead of asking the head if it is worth more, and behind what the head has drafted; how often copies are accepted,
     by the length of what occurred before, is learned from verification. Copies leave λ alone: a token drafted elsewhere
-    saves a round of the kind that is left there, not one of the fast ones.
+    saves a round of the kind that is left there, not one of the fast ones. Where a step of more tokens takes less
+    time, because kernels are better at their number, even unlikely copies are worth it.
 
     Args:
         acceptances: From entropy to acceptance, for each exit.
@@ -295,7 +296,7 @@ class AutoPolicy:
             return False
         worth = self._choose_exit(num_seqs)
         repeats = lookup()
-        self._copies = self._worth_copying(repeats, self._reached, max(0.0, worth / num_seqs))
+        self._copies = self._worth_copying(repeats, self._reached, drafting=max(0.0, worth / num_seqs))
         self._fast = bool(self._copies)
         if self._fast:
             self._spent += self._copy(self._copies)
@@ -322,13 +323,16 @@ class AutoPolicy:
         self.exit = int(np.argmax(worth))
         return worth[self.exit]
 
-    def _worth_copying(self, repeats: Sequence[Repeat], reached: np.ndarray, drafting: float) -> "dict[int, Copy]":
+    def _worth_copying(
+        self, repeats: Sequence[Repeat], reached: np.ndarray, drafting: float = -math.inf, spare: float = 0.0
+    ) -> "dict[int, Copy]":
         """Return the rows to copy for: all together raise the rate, and each is worth more than drafting for it is.
 
         Args:
             repeats: Of each row, or none.
             reached: Probability that all that is drafted of a row so far is accepted, [num_seqs].
-            drafting: Tokens that drafting is worth to each row.
+            drafting: Tokens that drafting is worth to each row, if it is not over.
+            spare: Seconds that more tokens may save, because the step is slow at the number that there is.
         """
         offers = [(row, repeat) for row, repeat in enumerate(repeats) if repeat.tokens]
         if not offers:
@@ -337,12 +341,13 @@ class AutoPolicy:
         chance = np.concatenate(
             [reached[row] * self._copying.of(repeat.length, len(repeat.tokens)) for row, repeat in offers]
         )
-        taken = self._together(chance, self._copied_added(np.arange(1, len(chance) + 1)))
+        added = np.arange(1, len(chance) + 1)
+        taken = self._together(chance, self._copied_added(added) + self._times.spare(self._tokens + added) - spare)
         cost = self._rate * float(self._copied_added(len(taken))) / max(1, len(taken))
         found: dict[int, Copy] = {}
         for row, repeat in offers:
             own = chance[taken][rows[taken] == row]
-            if own.sum() - cost * len(own) > drafting:
+            if len(own) and own.sum() - cost * len(own) > drafting:
                 found[row] = Copy(repeat.length, len(own), len(self._drafted.get(row, [])))
             else:
                 self._copying.forget(repeat.length)
@@ -360,7 +365,7 @@ class AutoPolicy:
         if not self._asked:
             return {}
         without = [Repeat() if row in self._copies else repeat for row, repeat in enumerate(lookup())]
-        found = self._worth_copying(without, self._reached, 0.0)
+        found = self._worth_copying(without, self._reached, spare=float(self._times.spare(self._tokens)))
         self._appended = self._copy(found)
         self._copies |= found
         return {row: copy.count for row, copy in found.items()}
@@ -530,10 +535,13 @@ class AutoPolicy:
         )
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent
+        if self._drafts:
+            predicted -= float(self._times.spare(self._batch))
         if not self._fast:
             tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
             self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
-        predicted += self._appended
+        if self._drafts:
+            predicted += self._appended + float(self._times.spare(self._tokens))
         took = now - began
         if not began or took > 2 * predicted:  # something else ran in between
             return
