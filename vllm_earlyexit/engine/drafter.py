@@ -1,7 +1,7 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -101,16 +101,19 @@ class SelfExitDrafter:
 
         def lookup() -> list[Repeat]:
             if self._prompt_lookup:
-                found[:] = [repeat(row, frontier.drafted(row)) for row in range(frontier.num_seqs)]
+                drafts = enumerate(frontier.drafts())
+                found[:] = [found[row] if found and not draft else repeat(row, draft) for row, draft in drafts]
             return found
 
+        def copy(counts: Mapping[int, int]) -> None:
+            if counts:
+                frontier.copy({row: found[row].tokens[:count] for row, count in counts.items()})
+
         ask = self.policy.begin(frontier.num_seqs, lookup)
-        if copied := self.policy.copied:
-            frontier.copy({row: found[row].tokens[:count] for row, count in copied.items()})
+        copy(self.policy.copied)
         if ask:
             self._ask(frontier, previous.clone(), kv_context)
-            if copied := self.policy.append(lookup):
-                frontier.copy({row: found[row].tokens[:count] for row, count in copied.items()})
+            copy(self.policy.append(lookup))
         return frontier.drafts()
 
     def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:

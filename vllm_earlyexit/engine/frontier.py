@@ -136,13 +136,9 @@ class Frontier:
         others = torch.tensor([row not in drafts for row in step.rows.tolist()], dtype=torch.bool).to(step.rows.device)
         self._step = Step(step.rows[others], step.input_ids[others], step.positions[others])
 
-    def drafted(self, row: int) -> list[int]:
-        """Return the drafted tokens of a sequence, possibly none."""
-        return self._tokens[row][1:]
-
     def drafts(self) -> list[list[int]]:
-        """Return the drafted tokens of each sequence."""
-        return [self.drafted(row) for row in range(self.num_seqs)]
+        """Return the drafted tokens of each sequence, possibly none."""
+        return [tokens[1:] for tokens in self._tokens]
 
     def pending(self, row: int) -> list[int]:
         """Return the pending tokens of a sequence, from its newest token on."""

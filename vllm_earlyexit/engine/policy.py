@@ -295,8 +295,7 @@ class AutoPolicy:
         if not seen.drafts():
             return False
         worth = self._choose_exit(num_seqs)
-        repeats = lookup()
-        self._copies = self._worth_copying(repeats, self._reached, drafting=max(0.0, worth / num_seqs))
+        self._copies = self._worth_copying(lookup(), self._reached, drafting=max(0.0, worth / num_seqs))
         self._fast = bool(self._copies)
         if self._fast:
             self._spent += self._copy(self._copies)
