@@ -48,6 +48,10 @@ def collect(
     data: Annotated[
         list[Path] | None, typer.Option(help="JSON lines with id and text, or turns with answers; repeatable.")
     ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Records of this model with other exits: only the layers up to new exits are run."),
+    ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Use only the first so many of each file.")] = None,
     answer_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 384,
     sampled: Annotated[float, typer.Option(help="Share of the prompts that are not answered greedily.")] = 0.25,
@@ -75,7 +79,16 @@ def collect(
         eager=eager,
     )
     done = collect_records(
-        model, out, exit_layer, prompts or [], data or [], options, name=name, engine=engine, device=device
+        model,
+        out,
+        exit_layer,
+        prompts or [],
+        data or [],
+        options,
+        records=records,
+        name=name,
+        engine=engine,
+        device=device,
     )
     console.print(f"{done.answers} answers and {done.tokens} recorded tokens added to {out}")
 

@@ -102,7 +102,7 @@ def by_window(folder: Path) -> dict[int, Batch]:
     }
 
 
-def check_same(reference: dict[int, Batch], other: dict[int, Batch]) -> None:
+def check_same(reference: dict[int, Batch], other: dict[int, Batch], layers: tuple[int, ...] = (2, 3)) -> None:
     """Two ways of recording saw the same."""
     assert reference.keys() == other.keys()
     same = total = 0
@@ -110,7 +110,7 @@ def check_same(reference: dict[int, Batch], other: dict[int, Batch]) -> None:
         there = other[key]
         assert torch.equal(here.ids, there.ids)
         assert torch.equal(here.scored, there.scored)
-        for a, b in [(here.final, there.final), *((here.hidden[n], there.hidden[n]) for n in (2, 3))]:
+        for a, b in [(here.final, there.final), *((here.hidden[n], there.hidden[n]) for n in layers)]:
             # Both are bfloat16, which rounds to 1 part in 256, over four layers.
             assert (a.float() - b.float()).norm() < 0.03 * a.float().norm()
         same += int((here.top_ids[:, 0] == there.top_ids[:, 0]).sum())
@@ -186,6 +186,17 @@ def test_a_damaged_shard_is_recorded_again(model: Path, text: Path, records: Pat
     assert "skipped:" in said
     assert "shard-00000.safetensors is damaged" in said
     assert sum(len(shard.lengths) for shard in Records([out]).shards) == 150
+
+
+def test_records_are_taken_over_to_other_exits(model: Path, text: Path, records: Path, tmp_path: Path):
+    collect = ("collect", model, "--exit-layer", "1", "--exit-layer", "2", "--out")
+    run(*collect, tmp_path / "anew", "--engine", "transformers", "--data", text)
+    taken = (*collect, tmp_path / "taken", "--records", records)
+    assert " 12000 recorded tokens" in run(*taken)
+    check_same(by_window(tmp_path / "anew"), by_window(tmp_path / "taken"), layers=(1, 2, 3))
+    assert " 0 recorded tokens" in run(*taken), "what is there is not run again"
+    said = run(*collect, tmp_path / "fewer", "--records", records, "--top-k", "4", code=2)
+    assert "with 32 target probabilities; this run records 'model' with 4" in said
 
 
 class Killed(Exception):

@@ -84,7 +84,7 @@ class SelfExitDrafter:
     def draft(
         self,
         frontier: Frontier,
-        previous: torch.Tensor,
+        previous: Callable[[], torch.Tensor],
         kv_context: KVContext,
         repeat: Callable[[int, Sequence[int]], Repeat],
     ) -> list[list[int]]:
@@ -92,7 +92,8 @@ class SelfExitDrafter:
 
         Args:
             frontier: The sequences, each at its newest token; afterwards it holds what is pending.
-            previous: The full model's final hidden state of the token before that, [num_seqs, hidden_size].
+            previous: Makes a copy of the full model's final hidden states of the tokens before these,
+                [num_seqs, hidden_size]; called if a head is asked.
             kv_context: Where a step's KV is.
             repeat: From a row and tokens drafted for it to what followed when these and the newest tokens before them
                 last occurred in the sequence.
@@ -112,7 +113,7 @@ class SelfExitDrafter:
         ask = self.policy.begin(frontier.num_seqs, lookup)
         copy(self.policy.copied)
         if ask:
-            self._ask(frontier, previous.clone(), kv_context)
+            self._ask(frontier, previous(), kv_context)
             copy(self.policy.append(lookup))
         return frontier.drafts()
 

@@ -1,5 +1,6 @@
 """Model Runner V1: where the drafter meets vLLM's batch, block tables and attention metadata."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -116,14 +117,20 @@ class SelfExitProposer:
             torch.tensor(positions, dtype=torch.int64, device=device),
             torch.tensor(limits, dtype=torch.int64, device=device),
         )
-        blocks = self._blocks(runner, torch.tensor(rows, device=device))
-        starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
-        newest = torch.tensor([starts[row] + len(sampled_token_ids[row]) - 1 for row in rows], device=device)
+
+        def previous() -> torch.Tensor:
+            starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
+            return sampled_from[[starts[row] + len(sampled_token_ids[row]) - 1 for row in rows]]
+
+        @functools.cache
+        def blocks() -> dict[int, torch.Tensor]:
+            return self._blocks(runner, torch.tensor(rows, device=device))
+
         drafted = self.drafter.draft(
             frontier,
-            sampled_from[newest],
+            previous,
             lambda on, counts, at: self._kv_context(
-                runner, {group: _of_rows(table, on) for group, table in blocks.items()}, counts, at
+                runner, {group: _of_rows(table, on) for group, table in blocks().items()}, counts, at
             ),
             lambda n, draft: repeat_in(self._text(runner, rows[n], positions[n], draft), limits[n] - len(draft)),
         )
@@ -140,7 +147,7 @@ class SelfExitProposer:
         """
         last_round, self._round = self._round, None
         self._verifying = last_round
-        if last_round is None or input_ids is None:
+        if last_round is None or not last_round.frontier.state_shape or input_ids is None:
             return None
         batch = runner.input_batch
         counts = np.diff(runner.query_start_loc.np[: batch.num_reqs + 1])

@@ -3,16 +3,17 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, track
 
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 from vllm_earlyexit.training.data import Window, as_messages, cut, grouped, tokenize
+from vllm_earlyexit.training.packs import Records
 from vllm_earlyexit.training.records import read_records, sized_records
 from vllm_earlyexit.training.shards import (
     Batch,
@@ -25,6 +26,7 @@ from vllm_earlyexit.training.shards import (
     write_shard,
 )
 from vllm_earlyexit.training.sources import Answer, CollectOptions, ServingSource, Source, TransformersSource, as_batch
+from vllm_earlyexit.training.teacher import Teacher
 
 Item = TypeVar("Item")
 ANSWERS_FILE = "answers.jsonl"
@@ -70,12 +72,15 @@ def collect_records(
     data: Sequence[Path] = (),
     options: CollectOptions = CollectOptions(),
     *,
+    records: Path | None = None,
     name: str | None = None,
     engine: str = "vllm",
     device: str = "cpu",
     console: Console | None = None,
 ) -> Collected:
     """Record the model on ``data`` and on its own answers to ``prompts`` into the records folder ``out``.
+
+    With ``records``, what these hold is taken over first, and of the model only the layers up to the new exits are run.
 
     A run that was stopped goes on where it stopped: prompts that have an answer are not asked again, and windows
     that are in a whole shard are not run again. Damaged or foreign shards are named and skipped.
@@ -87,9 +92,10 @@ def collect_records(
         prompts: Files of records with ``turns``, all of them the user's.
         data: Files of records with ``text``, or with ``turns`` that alternate between user and assistant.
         options: Knobs.
+        records: Records folder of the same model with other exits.
         name: Name of the base model to record, by default ``model``'s last path component.
         engine: ``vllm``, or ``transformers`` for ``data`` alone.
-        device: For ``transformers``.
+        device: For ``transformers``, which also runs the layers up to new exits of ``records``.
         console: Where progress and skipped shards are reported.
 
     Raises:
@@ -105,6 +111,10 @@ def collect_records(
     collector = Collector(out, config, options, console)
     for message in collector.done.skipped:
         console.print(f"skipped: {message}", soft_wrap=True)
+    if records is not None:
+        collector.take_over(records, Teacher(folder, device))
+        if not prompts and not data:
+            return collector.done
     source: Source = (
         ServingSource(folder, config, options) if engine == "vllm" else TransformersSource(folder, config, device)
     )
@@ -145,6 +155,30 @@ class Collector:
     def _write(self, batch: Batch) -> None:
         write_shard(self._out, self._number, self._config, batch)
         self._number += 1
+
+    def take_over(self, folder: Path, teacher: Teacher) -> None:
+        """Record what another folder holds of the same model; hidden states at cuts that it lacks are computed.
+
+        Raises:
+            EarlyExitError: it holds something else.
+        """
+        opened = Records([folder], lambda message: self._console.print(message, soft_wrap=True))
+        if opened.config.model_copy(update={"exit_layers": self._config.exit_layers}) != self._config:
+            raise EarlyExitError(
+                f"{folder} holds records of {opened.config.base_model!r} with {opened.config.top_k} target "
+                f"probabilities; this run records {self._config.base_model!r} with {self._config.top_k}"
+            )
+        if (folder / ANSWERS_FILE).exists() and not (self._out / ANSWERS_FILE).exists():
+            shutil.copy(folder / ANSWERS_FILE, self._out)
+        kept = tuple(layer for layer in self._config.layers if layer in opened.config.layers)
+        missing = [layer for layer in self._config.layers if layer not in kept]
+        for shard in track(opened.shards, "taking over", console=self._console):
+            if self.known.issuperset(shard.windows[:, 1].tolist()):
+                continue
+            batch = shard.read(0, len(shard.lengths), kept)
+            self._write(replace(batch, hidden=batch.hidden | (teacher.states(batch, missing) if missing else {})))
+            self.known.update(shard.windows[:, 1].tolist())
+            self.done.tokens += len(batch.ids)
 
     def answer(self, source: Source, prompts: Sequence[Path]) -> None:
         """Have every user turn answered that has no answer yet, recording what the model computes meanwhile."""

@@ -1,5 +1,6 @@
 """The frozen base model in transformers: the parts that heads lean on, and what the full model computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -129,29 +130,52 @@ class Teacher:
     def observe(self, windows: list[Window], exit_layers: tuple[int, ...], top_k: int) -> Batch:
         """Run one padded batch through the full model and return what is recorded of it."""
         lengths = torch.tensor([len(window.ids) for window in windows])
-        ids = torch.zeros(len(windows), int(lengths.max()), dtype=torch.int64)
-        for row, window in enumerate(windows):
-            ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        real = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        out = self._inner(
-            input_ids=ids.to(self.device),
-            attention_mask=real.long().to(self.device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        ids = torch.tensor([token for window in windows for token in window.ids], dtype=torch.int32)
+        out, real = self._run(ids, lengths)
         scored = torch.tensor([flag for window in windows for flag in window.scored])
         final = out.last_hidden_state[real]
         top_ids, top_p = top_targets(final[scored], self.lm_head, top_k)
         return Batch(
             windows=torch.tensor([window_key(window) for window in windows]),
             lengths=lengths,
-            ids=ids[real].to(torch.int32),
+            ids=ids,
             scored=scored,
             hidden={layer: out.hidden_states[layer][real] for layer in (*exit_layers, self.num_layers - 1)},
             final=final,
             top_ids=top_ids,
             top_p=top_p,
         )
+
+    @torch.no_grad()
+    def states(self, batch: Batch, exit_layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return hidden states after so many layers, each [num_tokens, hidden_size]; layers above are not run."""
+        layers = self._inner.layers
+        shape, starts = (len(batch.ids), self.hidden_size), batch.lengths.cumsum(0) - batch.lengths
+        found = {layer: torch.empty(shape, dtype=self._dtype) for layer in exit_layers}
+        self._inner.layers = layers[: max(exit_layers) + 1]  # the states after the last one would be normed
+        try:
+            for rows in batch.lengths.argsort().split(8):  # of about the same length
+                lengths = batch.lengths[rows]
+                firsts = zip(starts[rows].tolist(), lengths.tolist(), strict=True)
+                at = torch.cat([torch.arange(first, first + length) for first, length in firsts])
+                out, real = self._run(batch.ids[at], lengths)
+                for layer, states in found.items():
+                    states[at] = out.hidden_states[layer][real].cpu()
+        finally:
+            self._inner.layers = layers
+        return found
+
+    def _run(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Run windows of these lengths, one after the other in ``ids``; return output and where it is no padding."""
+        real = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        padded = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, ids.long())
+        out = self._inner(
+            input_ids=padded.to(self.device),
+            attention_mask=real.long().to(self.device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return out, real
 
     def last_layer(self, batch: Batch, deep_keys: bool = True) -> PackedLastLayer:
         """Return the last layer's attention over a batch, with or without exact keys and values."""
