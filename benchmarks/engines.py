@@ -81,20 +81,21 @@ class Engine(Protocol):
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
 
-    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``entropy``: the
-    calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``:
-    the same with LayerSkip's shared, untrained head; without numbers 4 tokens after a quarter of the layers.
-    ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the longest match, which has MIN tokens to as many as ours.
+    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and
+    ``heads-only:E``: the same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``:
+    LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared,
+    untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K
+    tokens after the longest match, which has MIN tokens to as many as ours.
     """
     name, *numbers = config.split(":")
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
     match name, [int(number) for number in numbers]:
         case "ar", []:
             return None
-        case "self-exit", []:
-            return ours
-        case "heads-only", []:
-            return ours | {"prompt_lookup": False}
+        case "self-exit", layers:
+            return ours | ({"exit_layer": layers} if layers else {})
+        case "heads-only", layers:
+            return ours | {"prompt_lookup": False} | ({"exit_layer": layers} if layers else {})
         case "entropy", []:
             return ours | {"policy": "entropy"}
         case "fixed", [layer, length]:
@@ -108,8 +109,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
-        f"there is no configuration {config!r}; write ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, "
-        "layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH or transformers:LAYER"
+        f"there is no configuration {config!r}; write ar, self-exit[:LAYER], heads-only[:LAYER], entropy, "
+        "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH or transformers:LAYER"
     )
 
 

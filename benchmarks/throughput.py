@@ -163,8 +163,8 @@ def parsed() -> argparse.Namespace:
         "--configs",
         nargs="+",
         default=["ar", "self-exit"],
-        help="ar, self-exit, heads-only, entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
-        "transformers:LAYER.",
+        help="ar, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], "
+        "ngram:MIN:LENGTH, transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")

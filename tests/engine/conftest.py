@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.heads import ladder_heads
+
 
 @contextmanager
 def engine(model: Path, **arguments: Any) -> Iterator[Any]:
@@ -43,6 +45,12 @@ def counters(llm: Any) -> dict[str, int]:
         for metric in llm.get_metrics()
         if metric.name.startswith(prefix) and hasattr(metric, "value")
     }
+
+
+@pytest.fixture(scope="session")
+def ladder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Heads with several exits."""
+    return str(ladder_heads(tmp_path_factory.mktemp("ladder") / "heads", smollm2))
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 
-from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig
+from vllm_earlyexit.assets import shipped_heads
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, load_heads
 from vllm_earlyexit.heads.fingerprint import fingerprint, text_config
 from vllm_earlyexit.heads.modules import HeadKind, build_head
+
+LADDER = (1, 4)
 
 
 def random_heads(folder: Path, model: Path, kind: HeadKind, exit_layer: int, std: float) -> Path:
@@ -28,4 +31,20 @@ def random_heads(folder: Path, model: Path, kind: HeadKind, exit_layer: int, std
         exits=(exit_config,),
     )
     Heads(heads_config, {exit_layer: head}, None).save(folder, storage="float32")
+    return folder
+
+
+def ladder_heads(folder: Path, model: Path) -> Path:
+    """Write a checkpoint that has a shipped head, and its calibration, at both exits of ``LADDER``."""
+    shipped = load_heads(shipped_heads(fingerprint(model)))
+    (first, *_), (module, *_) = shipped.config.exits, shipped.modules.values()
+    assert first.calibration is not None
+    positions = tuple(at.model_copy(update={"deeper": at.probability}) for at in first.calibration.positions)
+    calibrations = [first.calibration.model_copy(update={"positions": positions}), first.calibration]
+    exits = [
+        first.model_copy(update={"exit_layer": layer, "calibration": calibration})
+        for layer, calibration in zip(LADDER, calibrations, strict=True)
+    ]
+    config = shipped.config.model_copy(update={"exits": tuple(exits), "recommended": None})
+    Heads(config, dict.fromkeys(LADDER, module), shipped.draft_vocab).save(folder)
     return folder

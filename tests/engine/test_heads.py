@@ -9,7 +9,7 @@ import torch
 from tests.engine.conftest import engine, runner_of
 from tests.engine.heads import random_heads
 from tests.engine.tiny import tiny_model
-from vllm_earlyexit.engine.head import Asked, TrainedExit
+from vllm_earlyexit.engine.head import Asked, TrainedExit, as_vllm
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.modules import HeadKind
 from vllm_earlyexit.training.data import Window
@@ -99,3 +99,16 @@ def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path):
         assert not compiled.exit.do_not_compile
     assert len(differences) >= 3 * 3
     assert max(differences) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="bfloat16 heads compute in int8 only where this CPU can")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [1, 5])
+def test_an_int8_map_is_close_to_the_map(n: int, bias: bool):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 200, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(n, 96, dtype=torch.bfloat16)
+    expected, close = linear(x).float(), as_vllm(torch.nn.Sequential(linear))(x).float()
+    assert close.shape == (n, 200)
+    error = (close - expected).norm() / expected.norm()
+    assert 0 < error < 0.02  # 1 part in 127 at most, of weights and of inputs

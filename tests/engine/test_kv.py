@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import counters, engine, runner_of
-from vllm_earlyexit.assets import shipped_heads
+from tests.engine.heads import LADDER
 from vllm_earlyexit.engine.models import Segment
-from vllm_earlyexit.heads.checkpoint import read_config
-from vllm_earlyexit.heads.fingerprint import fingerprint
 
 NOISE = 1e-4
 PROMPTS = 5
@@ -57,11 +55,7 @@ class Fed:
 
 
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
-LADDER = {"method": "self_exit", "policy": "entropy", "num_speculative_tokens": 3, "target_accuracy": 0.8}
-
-
-def ladder(model: Path) -> dict[str, Any]:
-    return LADDER | {"exit_layer": [e.exit_layer for e in read_config(shipped_heads(fingerprint(model))).exits]}
+LADDERED = FIXED | {"policy": "entropy", "target_accuracy": 0.8, "exit_layer": LADDER}
 
 
 @pytest.mark.parametrize(
@@ -69,10 +63,12 @@ def ladder(model: Path) -> dict[str, Any]:
     [(2048, False), (40, False), (40, True)],
     ids=["decode-only", "mixed with prefill chunks", "mixed, ladder of exits"],
 )
-def test_resumed_kv_is_that_of_a_whole_forward(smollm2: Path, prompts: list[str], chunk: int, laddered: bool):
+def test_resumed_kv_is_that_of_a_whole_forward(
+    smollm2: Path, prompts: list[str], ladder: str, chunk: int, laddered: bool
+):
     from vllm import SamplingParams
 
-    setting = ladder(smollm2) if laddered else FIXED
+    setting = LADDERED | {"model": ladder} if laddered else FIXED
     arguments = {"enable_prefix_caching": False, "max_num_batched_tokens": chunk, "block_size": BLOCK}
     with engine(smollm2, speculative_config=setting, **arguments) as llm:
         watch = Snapshots(runner_of(llm))
@@ -97,10 +93,12 @@ def test_resumed_kv_is_that_of_a_whole_forward(smollm2: Path, prompts: list[str]
 
 
 @pytest.mark.parametrize("laddered", [False, True], ids=["one exit", "ladder of exits"])
-def test_nothing_is_computed_twice(smollm2: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, laddered: bool):
+def test_nothing_is_computed_twice(
+    smollm2: Path, prompts: list[str], ladder: str, monkeypatch: pytest.MonkeyPatch, laddered: bool
+):
     from vllm import SamplingParams
 
-    setting = ladder(smollm2) if laddered else FIXED
+    setting = LADDERED | {"model": ladder} if laddered else FIXED
     with engine(smollm2, speculative_config=setting, enable_prefix_caching=False) as llm:
         fed = Fed(monkeypatch)
         messages: list[Any] = [[{"role": "user", "content": p}] for p in prompts[:PROMPTS]]

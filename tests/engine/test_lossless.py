@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from tests.engine.conftest import counters, engine, runner_of
-from tests.engine.heads import random_heads
-from vllm_earlyexit.assets import shipped_heads
+from tests.engine.heads import LADDER, random_heads
 from vllm_earlyexit.engine.cost import StepTimes
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.policy import Copy
-from vllm_earlyexit.heads.checkpoint import read_config
-from vllm_earlyexit.heads.fingerprint import fingerprint
 
 MAX_TOKENS = 64
 CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
@@ -97,8 +94,10 @@ def plain(smollm2: Path, prompts: list[str]) -> Reference:
 
 
 @pytest.mark.parametrize(("policy", "length"), SETTINGS)
-def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: str, length: int):
+def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, ladder: str, policy: str, length: int):
     setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": length}
+    if policy == "auto":
+        setting["model"] = ladder
     with engine(smollm2, speculative_config=setting) as llm:
         if policy == "auto":
             draft_from_each_exit_in_turn(runner_of(llm).drafter.drafter.policy)
@@ -111,11 +110,10 @@ def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, policy: s
         assert counted["draft_tokens"] > 2 * counted["drafts"]
 
 
-def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference):
+def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
     """Tokens that are unsure at the first exit are taken on to the second one with all that is pending."""
-    exits = [e.exit_layer for e in read_config(shipped_heads(fingerprint(smollm2))).exits]
-    setting = {"method": "self_exit", "policy": "entropy", "exit_layer": exits, "num_speculative_tokens": 4}
-    with engine(smollm2, speculative_config=setting | {"target_accuracy": 0.8}) as llm:
+    setting = {"method": "self_exit", "model": ladder, "policy": "entropy", "num_speculative_tokens": 4}
+    with engine(smollm2, speculative_config=setting | {"target_accuracy": 0.8, "exit_layer": LADDER}) as llm:
         drafter = runner_of(llm).drafter.drafter
         lifted, lift = 0, drafter._lift
 
@@ -131,9 +129,9 @@ def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference):
     assert lifted > 100
 
 
-def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference):
+def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
     """Whatever that is worth, sequences are copied beside others that are drafted for, and behind what was drafted."""
-    setting = {"method": "self_exit", "policy": "auto"}
+    setting = {"method": "self_exit", "model": ladder, "policy": "auto"}
     with engine(smollm2, speculative_config=setting) as llm:
         policy = runner_of(llm).drafter.drafter.policy
         draft_from_each_exit_in_turn(policy)

@@ -54,6 +54,7 @@ def test_draft_lengths_of_the_same_rule_share_an_engine():
 def test_configurations_are_spelled_and_misspelled_ones_refused():
     assert speculative_config("ar", SETUP) is None
     assert speculative_config("self-exit", SETUP) == {"method": "self_exit", "model": "heads"}
+    assert speculative_config("self-exit:1", SETUP) == {"method": "self_exit", "model": "heads", "exit_layer": [1]}
     assert speculative_config("heads-only", SETUP) == {"method": "self_exit", "model": "heads", "prompt_lookup": False}
     layerskip = speculative_config("layerskip:8:3", SETUP)
     assert layerskip == {"method": "self_exit", "head": "shared", "exit_layer": 8, "num_speculative_tokens": 3}

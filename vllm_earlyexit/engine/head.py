@@ -6,12 +6,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from vllm import _custom_ops as ops
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from vllm_earlyexit.engine.models import decoder_stack
+from vllm_earlyexit.heads.checkpoint import as_int8
 from vllm_earlyexit.heads.modules import Context
 from vllm_earlyexit.heads.uncertainty import entropy
 
@@ -173,6 +175,37 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
     return linear
 
 
+class Int8Linear(nn.Module):
+    """A linear map whose weights are int8 with a scale per row, its inputs with a scale per token; for CPUs.
+
+    It reads half of what bfloat16 weights take, and reading them is what a draft step's time goes to. A head only
+    drafts, so rounding changes how often it is right (hardly), never what is generated.
+
+    Args:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        whole, self._scale = as_int8(weight)  # the kernel keeps a copy of the former, and the address of the latter
+        self.bias = bias
+        self._kernel = ops.create_onednn_scaled_mm(
+            whole.t(), self._scale, weight.dtype, dynamic_quant=True, use_azp=False
+        )
+
+    @staticmethod
+    def serves(weight: torch.Tensor) -> bool:
+        """Say whether this machine has kernels for it that are faster than those for ``weight``."""
+        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [n, in_features] to [n, out_features]."""
+        whole, scale, _ = ops.onednn_scaled_int8_quant(x)
+        out = x.new_empty(len(x), self._kernel.n)
+        return ops.onednn_scaled_mm(self._kernel, whole, out, scale, None, None, self.bias)
+
+
 def as_vllm(module: nn.Module) -> nn.Module:
     """Return ``module`` with its linear maps replaced by vLLM's, which pack weights for the platform's kernels."""
     if not isinstance(module, nn.Linear):
@@ -180,6 +213,8 @@ def as_vllm(module: nn.Module) -> nn.Module:
             setattr(module, name, as_vllm(child))
         return module
     weight, bias = module.weight, module.bias
+    if Int8Linear.serves(weight):
+        return Int8Linear(weight, bias)
     served: Any = ReplicatedLinear(
         module.in_features,
         module.out_features,

@@ -198,10 +198,16 @@ class Heads:
         write_config(self.config, folder)
 
 
+def as_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix rounded to one byte an entry, int8 [n, m], and the scale of each row, float32 [n, 1]."""
+    scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+    return (weight / scale).round().to(torch.int8), scale
+
+
 def _stored(name: str, value: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
     if storage == "int8" and value.dim() == 2:
-        scale = (value.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
-        return {name: (value / scale).round().to(torch.int8), name + SCALE: scale}
+        whole, scale = as_int8(value)
+        return {name: whole, name + SCALE: scale}
     dtype = torch.bfloat16 if storage == "int8" else getattr(torch, storage)
     return {name: value.to(dtype).contiguous()}
 
