@@ -24,7 +24,7 @@ def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObjec
     sure = data.draw(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=n, max_size=n))
     first = data.draw(st.lists(st.integers(0, 1000), min_size=n, max_size=n))
 
-    frontier = Frontier(torch.arange(n, dtype=torch.int32) + 7, torch.tensor(first), torch.tensor(limits))
+    frontier = Frontier(range(7, n + 7), first, limits, "cpu")
     while (step := frontier.step) is not None:
         rows = step.rows.tolist()
         depths = [position - first[row] for row, position in zip(rows, step.positions.tolist(), strict=True)]
@@ -42,9 +42,8 @@ def test_batched_drafting_equals_one_sequence_after_the_other(data: st.DataObjec
         # The last token of a full draft was never fed; that of another was, and its successor was not kept.
         assert pending == ([row + 7, *draft][:-1] if full else [row + 7, *draft]) or limits[row] == 0 == len(pending)
         if pending:
-            columns = torch.arange(len(pending))
-            kept = frontier.states(torch.full_like(columns, row), columns)["hidden"]
-            assert kept.tolist() == [[row, first[row] + column] for column in columns.tolist()]
+            kept = frontier.states([(row, column) for column in range(len(pending))])["hidden"]
+            assert kept.tolist() == [[row, first[row] + column] for column in range(len(pending))]
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,7 +52,7 @@ def test_what_is_lifted_is_what_stands_at_the_cut(data: st.DataObject):
     """Sequences are lifted at will, exit by exit; each token's state says at which cut it was last run."""
     n, cuts = data.draw(st.integers(1, 4)), 3
     first = data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))
-    frontier = Frontier(torch.arange(n, dtype=torch.int32), torch.tensor(first), torch.full((n,), 4))
+    frontier = Frontier(range(n), first, [4] * n, "cpu")
     slow: list[list[int]] = [[] for _ in range(n)]
     while (step := frontier.step) is not None:
         frontier.keep({"cut": torch.zeros(len(step.rows), 1)}, cut=0)
@@ -64,7 +63,7 @@ def test_what_is_lifted_is_what_stands_at_the_cut(data: st.DataObject):
             rows = rows[torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))]
             if not len(rows):
                 break
-            standing = frontier.standing(rows, cut)
+            standing = frontier.standing(rows.tolist(), cut)
             assert standing.states["cut"].flatten().tolist() == [cut] * int(standing.counts.sum())
             ends = [first[row] + len(slow[row]) for row in rows.tolist()]
             assert (standing.positions[standing.newest] + 1).tolist() == ends
@@ -75,12 +74,11 @@ def test_what_is_lifted_is_what_stands_at_the_cut(data: st.DataObject):
         frontier.advance(step.rows, torch.tensor(keep))
     for row in range(n):
         assert frontier.cuts(row) == slow[row] == sorted(slow[row], reverse=True)
-        columns = torch.arange(len(slow[row]))
-        kept = frontier.states(torch.full_like(columns, row), columns)["cut"]
+        kept = frontier.states([(row, column) for column in range(len(slow[row]))])["cut"]
         assert kept.flatten().tolist() == slow[row]
 
 
 def test_a_round_without_room_has_no_step():
-    frontier = Frontier(torch.tensor([5], dtype=torch.int32), torch.tensor([3]), torch.tensor([0]))
+    frontier = Frontier([5], [3], [0], "cpu")
     assert frontier.step is None
     assert frontier.drafts() == [[]]

@@ -113,7 +113,7 @@ def test_it_copies_behind_what_the_head_has_drafted():
 
 
 def test_a_copied_sequence_is_out_of_the_round():
-    frontier = Frontier(torch.arange(3, dtype=torch.int32), torch.tensor([4, 5, 6]), torch.tensor([2, 2, 2]))
+    frontier = Frontier(range(3), [4, 5, 6], [2, 2, 2], "cpu")
     frontier.copy({1: [8, 9]})
     assert frontier.step is not None
     assert frontier.step.rows.tolist() == [0, 2]

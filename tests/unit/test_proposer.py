@@ -2,7 +2,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.runner_v1 import Round, SelfExitProposer
@@ -37,8 +36,8 @@ def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before
     policy = Listener()
     proposer = SelfExitProposer.__new__(SelfExitProposer)
     proposer.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
-    places = torch.zeros(len(before), dtype=torch.int64)
+    places = [0] * len(before)
     rows = {id(requests[name]): row for row, name in enumerate(before)}
-    proposer._verifying = Round(Frontier(places, places, places), rows, [], []) if before else None
+    proposer._verifying = Round(Frontier(places, places, places, "cpu"), rows, [], []) if before else None
     proposer._learn(runner, [[5, 6], [7, 8, 9]][: len(now)], [3, 2][: len(now)])
     assert policy.told == told

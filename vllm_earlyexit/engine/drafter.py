@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
@@ -31,15 +30,13 @@ class Pending:
     """What of a batch is pending.
 
     Attributes:
-        at: Indices of the pending tokens in the batch, int64 [num_pending].
-        states: Their hidden states at their cuts by name, each [num_pending, hidden_size].
-        passed: How many segments each token of the batch has passed, int64 [num_tokens], on the host: none, if it is
-            not pending. Within a sequence it never rises.
+        states: Hidden states of the pending tokens, at their cuts, by name, each [num_pending, hidden_size].
+        passed: How many segments each of the batch's num_tokens tokens has passed: none, if it is not pending. Within a
+            sequence it never rises.
     """
 
-    at: torch.Tensor
     states: dict[str, torch.Tensor]
-    passed: np.ndarray
+    passed: Sequence[int]
 
 
 @dataclass
@@ -120,8 +117,8 @@ class SelfExitDrafter:
     def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:
         """Draft with the heads until every sequence has stopped."""
         while (step := frontier.step) is not None:
-            cut = self.policy.exit
-            before = previous[step.rows]
+            cut, all_draft = self.policy.exit, len(step.rows) == len(previous)
+            before = previous if all_draft else previous[step.rows]
             with kv_context(step.rows, None, step.positions):
                 at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
@@ -129,16 +126,20 @@ class SelfExitDrafter:
             frontier.keep(at_cut.tensors, cut)
             decision = self.policy.decide(step.rows, asked.entropy, cut)
             features, tokens, keep = asked.features, asked.token_ids, decision.keep
-            unsure = torch.arange(len(step.rows), device=step.rows.device)
+            unsure = None
             while decision.deeper is not None and bool(decision.deeper.any()):
-                unsure = unsure[decision.deeper]
+                deeper = decision.deeper.nonzero().squeeze(-1)
+                unsure = deeper if unsure is None else unsure[deeper]
                 asked = self._lift(frontier, step.rows[unsure], cut, before[unsure], kv_context)
                 cut += 1
                 decision = self.policy.decide(step.rows[unsure], asked.entropy, cut)
                 features = features.index_copy(0, unsure, asked.features)
                 tokens = tokens.index_copy(0, unsure, asked.token_ids)
                 keep = keep.index_copy(0, unsure, decision.keep)
-            previous[step.rows] = features
+            if all_draft:
+                previous.copy_(features)
+            else:
+                previous.index_copy_(0, step.rows, features)
             frontier.advance(tokens, keep)
             if not decision.go_on:
                 break
@@ -155,7 +156,7 @@ class SelfExitDrafter:
             before: What the head is told of the tokens before the newest ones, [n, hidden_size].
             kv_context: Where KV is.
         """
-        standing = frontier.standing(rows, cut)
+        standing = frontier.standing(rows.tolist(), cut)
         with kv_context(rows, standing.counts, standing.positions):
             state = IntermediateTensors(standing.states)
             lifted = self.exits[cut + 1].below[-1](None, standing.positions, state)
@@ -170,7 +171,7 @@ class SelfExitDrafter:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         pending: Pending,
-        context: Callable[[np.ndarray], AbstractContextManager[None]],
+        context: Callable[[Sequence[int]], AbstractContextManager[None]],
     ) -> torch.Tensor:
         """Run a batch through the model, resuming pending tokens at the cuts where they stand.
 
@@ -186,15 +187,18 @@ class SelfExitDrafter:
         Returns:
             Hidden states after the final norm, [num_tokens, hidden_size].
         """
-        joined = {
-            name: states.new_empty(len(positions), *states.shape[1:]).index_copy_(0, pending.at, states)
-            for name, states in pending.states.items()
-        }
+        joined, at = pending.states, [n for n, passed in enumerate(pending.passed) if passed]
+        if len(at) < len(positions):
+            places = torch.tensor(at, device=positions.device)
+            joined = {
+                name: states.new_empty(len(positions), *states.shape[1:]).index_copy_(0, places, states)
+                for name, states in pending.states.items()
+            }
         segments = [*self.exits[-1].below, *self.exits[-1].above]
-        joins = sorted({*pending.passed.tolist()})
+        joins = sorted({*pending.passed})
         for start, end in pairwise(joins):
-            low = np.flatnonzero(pending.passed <= start)
-            index = torch.from_numpy(low).to(positions.device)
+            low = [n for n, passed in enumerate(pending.passed) if passed <= start]
+            index = torch.tensor(low, device=positions.device)
             below = None if start == 0 else IntermediateTensors({name: s[index] for name, s in joined.items()})
             with context(low):
                 at_cut = run_segments(segments[start:end], input_ids[index], positions[index], below)

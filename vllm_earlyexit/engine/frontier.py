@@ -36,15 +36,17 @@ class Standing:
     """Pending tokens of some sequences that stand at the same cut: of each one its newest ones, one after the other.
 
     Attributes:
-        rows: The sequences, int64 [n].
+        rows: The sequences.
         counts: Tokens of each, int64 [n].
         positions: Of the tokens, int64 [num_tokens].
-        states: Their hidden states at the cut by name, each [num_tokens, hidden_size].
+        places: Where the frontier keeps their hidden states, int64 [num_tokens].
+        states: These, at the cut, by name, each [num_tokens, hidden_size].
     """
 
-    rows: torch.Tensor
+    rows: Sequence[int]
     counts: torch.Tensor
     positions: torch.Tensor
+    places: torch.Tensor
     states: dict[str, torch.Tensor]
 
     @property
@@ -56,29 +58,45 @@ class Standing:
 class Frontier:
     """One round of drafting over a batch of sequences, and what is pending after it.
 
+    Its books are kept in lists: at the few sequences of a step they cost much less than tensors.
+
     Args:
-        last_tokens: The newest token of each sequence, int32 [num_seqs]; no KV is written for it yet.
-        positions: Its position, int64 [num_seqs].
-        limits: How many tokens each sequence may draft at most, int64 [num_seqs]; 0 keeps it out of the round.
+        last_tokens: The newest token of each sequence; no KV is written for it yet.
+        positions: Its position.
+        limits: How many tokens each sequence may draft at most; 0 keeps it out of the round.
+        device: Where steps are run.
     """
 
-    def __init__(self, last_tokens: torch.Tensor, positions: torch.Tensor, limits: torch.Tensor):
-        self._first = positions
-        self._limits = limits
-        self._tokens: list[list[int]] = [[token] for token in last_tokens.tolist()]
+    def __init__(
+        self, last_tokens: Sequence[int], positions: Sequence[int], limits: Sequence[int], device: torch.device | str
+    ):
+        self._first, self._limits, self._device = positions, limits, device
+        self._tokens: list[list[int]] = [[token] for token in last_tokens]
         self._cuts: list[list[int]] = [[] for _ in self._tokens]
-        self._longest = int(limits.max()) + 1 if len(limits) else 0
+        self._columns = max(limits, default=-1) + 1
         self._states: dict[str, torch.Tensor] = {}
-        self._step = self._next(torch.arange(len(last_tokens), device=last_tokens.device), last_tokens, positions)
+        self._go_on([row for row, limit in enumerate(limits) if limit > 0])
 
-    def _next(self, rows: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Step:
-        room = positions - self._first[rows] < self._limits[rows]
-        return Step(rows[room], tokens[room], positions[room])
+    def _go_on(self, rows: list[int]) -> None:
+        """Take note of which sequences still draft."""
+        self._rows = rows
+        self._step: Step | None = None
 
     @property
     def step(self) -> Step | None:
         """The tokens to feed next, or None when the round is over."""
-        return self._step if len(self._step.rows) else None
+        rows = self._rows
+        if self._step is None and rows:
+            positions = [self._first[row] + len(self._tokens[row]) - 1 for row in rows]
+            self._step = Step(
+                self._tensor(rows),
+                self._tensor([self._tokens[row][-1] for row in rows], torch.int32),
+                self._tensor(positions),
+            )
+        return self._step
+
+    def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
     @property
     def num_seqs(self) -> int:
@@ -87,31 +105,41 @@ class Frontier:
 
     def keep(self, at_cut: States, cut: int) -> None:
         """Keep the hidden states of the current step's tokens, which are pending at ``cut`` from now on."""
-        step = self._step
-        columns = step.positions - self._first[step.rows]
-        for name, states in at_cut.items():
-            if name not in self._states:
-                shape = (len(self._tokens), self._longest, *states.shape[1:])
-                self._states[name] = torch.empty(shape, dtype=states.dtype, device=states.device)
-            self._states[name][step.rows, columns] = states
-        for row in step.rows.tolist():
+        self._put(self._tensor([row * self._columns + len(self._cuts[row]) for row in self._rows]), at_cut)
+        for row in self._rows:
             self._cuts[row].append(cut)
 
-    def standing(self, rows: torch.Tensor, cut: int) -> Standing:
-        """Return the tokens of ``rows``, int64 [n], that are pending at ``cut``; each row's newest one is."""
-        counts = torch.tensor([self._cuts[row].count(cut) for row in rows.tolist()], device=rows.device)
-        ends = torch.tensor([len(self._cuts[row]) for row in rows.tolist()], device=rows.device)
-        each = rows.repeat_interleave(counts)
-        within = torch.arange(len(each), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        columns = (ends - counts).repeat_interleave(counts) + within
-        return Standing(rows, counts, self._first[each] + columns, self.states(each, columns))
+    def _put(self, places: torch.Tensor, at_cut: States) -> None:
+        for name, states in at_cut.items():
+            if name not in self._states:
+                shape = (len(self._tokens) * self._columns, *states.shape[1:])
+                self._states[name] = torch.empty(shape, dtype=states.dtype, device=states.device)
+            self._states[name].index_copy_(0, places, states)
+
+    def standing(self, rows: Sequence[int], cut: int) -> Standing:
+        """Return the tokens of ``rows`` that are pending at ``cut``; each row's newest one is."""
+        counts = [self._cuts[row].count(cut) for row in rows]
+        ends = [len(self._cuts[row]) for row in rows]
+        each = [
+            (row, column)
+            for row, count, end in zip(rows, counts, ends, strict=True)
+            for column in range(end - count, end)
+        ]
+        return Standing(
+            rows=rows,
+            counts=self._tensor(counts),
+            positions=self._tensor([self._first[row] + column for row, column in each]),
+            places=(places := self._tensor([row * self._columns + column for row, column in each])),
+            states=self._get(places),
+        )
+
+    def _get(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: kept.index_select(0, places) for name, kept in self._states.items()}
 
     def lift(self, standing: Standing, at_cut: States, cut: int) -> None:
         """Take note that ``standing`` has gone on to ``cut``, where its hidden states are ``at_cut``."""
-        each = standing.rows.repeat_interleave(standing.counts)
-        for name, states in at_cut.items():
-            self._states[name][each, standing.positions - self._first[each]] = states
-        for row, count in zip(standing.rows.tolist(), standing.counts.tolist(), strict=True):
+        self._put(standing.places, at_cut)
+        for row, count in zip(standing.rows, standing.counts.tolist(), strict=True):
             self._cuts[row][-count:] = [cut] * count
 
     def advance(self, drafted: torch.Tensor, keep: torch.Tensor) -> None:
@@ -121,20 +149,16 @@ class Frontier:
             drafted: The head's choice for each row of the step, int [n].
             keep: Whether it is sure enough to be drafted, bool [n]; a sequence stops at its first False.
         """
-        step = self._step
-        kept = keep.nonzero().squeeze(-1)
-        rows, tokens = step.rows[kept], drafted[kept].to(step.input_ids.dtype)
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+        kept = [item for item in zip(self._rows, drafted.tolist(), keep.tolist(), strict=True) if item[2]]
+        for row, token, _ in kept:
             self._tokens[row].append(token)
-        self._step = self._next(rows, tokens, step.positions[kept] + 1)
+        self._go_on([row for row, *_ in kept if len(self._tokens[row]) <= self._limits[row]])
 
     def copy(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Draft these tokens for some sequences behind what they have drafted, and take them out of the round."""
         for row, tokens in drafts.items():
             self._tokens[row] += tokens
-        step = self._step
-        others = torch.tensor([row not in drafts for row in step.rows.tolist()], dtype=torch.bool).to(step.rows.device)
-        self._step = Step(step.rows[others], step.input_ids[others], step.positions[others])
+        self._go_on([row for row in self._rows if row not in drafts])
 
     def drafts(self) -> list[list[int]]:
         """Return the drafted tokens of each sequence, possibly none."""
@@ -148,16 +172,16 @@ class Frontier:
         """Return at which cut each pending token of a sequence stands; it never rises from token to token."""
         return self._cuts[row]
 
-    def states(self, rows: torch.Tensor, columns: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return hidden states at the cut by name, each [n, hidden_size].
+    def states(self, pending: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Return hidden states at the cut by name, each [n, hidden_size], of n tokens.
 
         Args:
-            rows: Sequences, int64 [n].
-            columns: Which of the row's pending tokens, int64 [n].
+            pending: Of each token its sequence, and which of the sequence's pending tokens it is.
         """
-        return {name: kept[rows, columns] for name, kept in self._states.items()}
+        return self._get(self._tensor([row * self._columns + column for row, column in pending]))
 
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of each of the kept tensors: [num_seqs, longest draft + 1, hidden_size]; empty if there are none."""
-        return next((tuple(kept.shape) for kept in self._states.values()), ())
+        kept = next(iter(self._states.values()), None)
+        return () if kept is None else (len(self._tokens), self._columns, *kept.shape[1:])

@@ -4,9 +4,11 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +114,7 @@ class SelfExitProposer:
             self._limit(runner.requests[runner.input_batch.req_ids[row]], position, longest)
             for row, position in zip(rows, positions, strict=True)
         ]
-        frontier = Frontier(
-            torch.tensor(last, dtype=torch.int32, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-            torch.tensor(limits, dtype=torch.int64, device=device),
-        )
+        frontier = Frontier(last, positions, limits, device)
 
         def previous() -> torch.Tensor:
             starts = [0, *itertools.accumulate(1 + n for n in verified or [0] * len(sampled_token_ids))]
@@ -149,33 +147,29 @@ class SelfExitProposer:
         self._verifying = last_round
         if last_round is None or not last_round.frontier.state_shape or input_ids is None:
             return None
-        batch = runner.input_batch
-        counts = np.diff(runner.query_start_loc.np[: batch.num_reqs + 1])
-        held = np.array([last_round.held(runner, row, int(count)) for row, count in enumerate(counts)])
-        resumed = held[:, 1]
-        if not resumed.any():
+        batch, frontier = runner.input_batch, last_round.frontier
+        edges = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
+        owner: list[int] = []
+        passed: list[int] = []
+        places: list[tuple[int, int]] = []
+        for row, (start, end) in enumerate(pairwise(edges)):
+            found, same = last_round.held(runner, row, end - start)
+            owner += [row] * (end - start)
+            passed += [*(1 + cut for cut in frontier.cuts(found)[:same]), *[0] * (end - start - same)]
+            places += [(found, column) for column in range(same)]
+        if not places:
             return None
-        starts = runner.query_start_loc.np[: batch.num_reqs]
-        at = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, resumed, strict=True)])
-        columns = np.concatenate([np.arange(n) for n in resumed])
-        passed = np.zeros(counts.sum(), dtype=np.int64)
-        passed[at] = [1 + cut for row, n in held for cut in last_round.frontier.cuts(row)[:n]]
-        device = positions.device
 
-        def tensor(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(device)
-
-        def context(low: np.ndarray) -> AbstractContextManager[None]:
-            own = np.bincount(np.repeat(np.arange(len(counts)), counts)[low], minlength=len(counts))
+        def context(low: Sequence[int]) -> AbstractContextManager[None]:
+            counts = Counter(owner[at] for at in low)
             return self._kv_context(
                 runner,
-                self._blocks(runner, tensor(np.flatnonzero(own))),
-                tensor(own[own > 0]),
-                positions[tensor(low)],
+                self._blocks(runner, torch.tensor([*counts], device=positions.device)),
+                torch.tensor([*counts.values()], device=positions.device),
+                positions[low],
             )
 
-        states = last_round.frontier.states(tensor(np.repeat(held[:, 0], resumed)), tensor(columns))
-        return self.drafter.verify(input_ids, positions, Pending(tensor(at), states, passed), context)
+        return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed), context)
 
     @staticmethod
     def _text(runner: Any, row: int, position: int, draft: Sequence[int]) -> np.ndarray:
