@@ -74,22 +74,28 @@ def test_drafting_computes_what_training_computed(
         assert expected.std() > 0.3
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 @torch.no_grad()
-def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path):
+def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path, dtype: str, tolerance: float):
+    """In bfloat16, where a CPU can, its maps are int8; there near ties may be chosen otherwise."""
     from vllm import SamplingParams
 
     model = tiny_model(tmp_path / "model")
     heads = random_heads(tmp_path / "heads", model, "recurrent", EXIT_LAYER, std=0.15)
     setting = {"method": "self_exit", "model": str(heads), "policy": "fixed", "num_speculative_tokens": 3}
     differences = []
-    arguments: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": False}
+    arguments: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": False, "dtype": dtype}
     with engine(model, speculative_config=setting, **arguments) as llm:
         (drafted_from,) = runner_of(llm).drafter.drafter.exits
         compiled = drafted_from.head
 
         def compare(*inputs: torch.Tensor) -> Asked:
             said, eagerly = compiled(*inputs), Asked(*compiled.exit.forward(*inputs))
-            differences.extend(float((a.float() - b.float()).abs().max()) for a, b in zip(said, eagerly, strict=True))
+            pairs = [(said.features, eagerly.features), (said.entropy, eagerly.entropy)]
+            if dtype == "float32":
+                pairs.append((said.token_ids, eagerly.token_ids))
+            assert said.features.float().abs().max() > 1
+            differences.extend(float((a.float() - b.float()).abs().max()) for a, b in pairs)
             return said
 
         drafted_from.head = compare
@@ -97,8 +103,8 @@ def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path):
         prompts: list[Any] = [{"prompt_token_ids": PROMPT[: n + 2]} for n in range(3)]
         llm.generate(prompts, params, use_tqdm=False)
         assert not compiled.exit.do_not_compile
-    assert len(differences) >= 3 * 3
-    assert max(differences) < 1e-4
+    assert len(differences) >= 3 * 2
+    assert max(differences) < tolerance
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="bfloat16 heads compute in int8 only where this CPU can")
