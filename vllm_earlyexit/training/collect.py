@@ -163,10 +163,12 @@ class Collector:
             EarlyExitError: it holds something else.
         """
         opened = Records([folder], lambda message: self._console.print(message, soft_wrap=True))
-        if opened.config.model_copy(update={"exit_layers": self._config.exit_layers}) != self._config:
+        theirs, ours = opened.config.model_dump(), self._config.model_dump()
+        changed = [name for name in ours if name not in ("base_model", "exit_layers") and ours[name] != theirs[name]]
+        if changed:
             raise EarlyExitError(
-                f"{folder} holds records of {opened.config.base_model!r} with {opened.config.top_k} target "
-                f"probabilities; this run records {self._config.base_model!r} with {self._config.top_k}"
+                f"{folder} holds records of {opened.config.base_model!r} with another {', '.join(changed)} than this "
+                "run's; take over records of the same model and --top-k"
             )
         if (folder / ANSWERS_FILE).exists() and not (self._out / ANSWERS_FILE).exists():
             shutil.copy(folder / ANSWERS_FILE, self._out)
