@@ -92,10 +92,9 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     match name, [int(number) for number in numbers]:
         case "ar", []:
             return None
-        case "self-exit", layers:
-            return ours | ({"exit_layer": layers} if layers else {})
-        case "heads-only", layers:
-            return ours | {"prompt_lookup": False} | ({"exit_layer": layers} if layers else {})
+        case "self-exit" | "heads-only", layers:
+            chosen = {"exit_layer": layers} if layers else {}
+            return ours | chosen | ({"prompt_lookup": False} if name == "heads-only" else {})
         case "entropy", []:
             return ours | {"policy": "entropy"}
         case "fixed", [layer, length]:

@@ -95,7 +95,7 @@ def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path, dt
             if dtype == "float32":
                 pairs.append((said.token_ids, eagerly.token_ids))
             assert said.features.float().abs().max() > 1
-            differences.extend(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+            differences.append(max(float((a.float() - b.float()).abs().max()) for a, b in pairs))
             return said
 
         drafted_from.head = compare
@@ -103,7 +103,7 @@ def test_a_compiled_head_says_what_the_same_head_says_eagerly(tmp_path: Path, dt
         prompts: list[Any] = [{"prompt_token_ids": PROMPT[: n + 2]} for n in range(3)]
         llm.generate(prompts, params, use_tqdm=False)
         assert not compiled.exit.do_not_compile
-    assert len(differences) >= 3 * 2
+    assert len(differences) >= 3
     assert max(differences) < tolerance
 
 

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
-from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
@@ -117,8 +117,7 @@ class SelfExitDrafter:
     def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:
         """Draft with the heads until every sequence has stopped."""
         while (step := frontier.step) is not None:
-            cut, all_draft = self.policy.exit, len(step.rows) == len(previous)
-            before = previous if all_draft else previous[step.rows]
+            cut, before = self.policy.exit, of_rows(previous, step.rows)
             with kv_context(step.rows, None, step.positions):
                 at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
@@ -136,10 +135,7 @@ class SelfExitDrafter:
                 features = features.index_copy(0, unsure, asked.features)
                 tokens = tokens.index_copy(0, unsure, asked.token_ids)
                 keep = keep.index_copy(0, unsure, decision.keep)
-            if all_draft:
-                previous.copy_(features)
-            else:
-                previous.index_copy_(0, step.rows, features)
+            previous.index_copy_(0, step.rows, features)
             frontier.advance(tokens, keep)
             if not decision.go_on:
                 break

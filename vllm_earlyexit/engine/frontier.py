@@ -185,3 +185,8 @@ class Frontier:
         """Shape of each of the kept tensors: [num_seqs, longest draft + 1, hidden_size]; empty if there are none."""
         kept = next(iter(self._states.values()), None)
         return () if kept is None else (len(self._tokens), self._columns, *kept.shape[1:])
+
+
+def of_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return ``table[rows]`` for rows that rise, without a copy if they are all."""
+    return table if len(rows) == len(table) else table[rows]

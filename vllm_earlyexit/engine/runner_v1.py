@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine.cost import SIZES, measured
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
-from vllm_earlyexit.engine.frontier import Frontier
+from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
 from vllm_earlyexit.provenance import cpu_name
@@ -128,7 +128,7 @@ class SelfExitProposer:
             frontier,
             previous,
             lambda on, counts, at: self._kv_context(
-                runner, {group: _of_rows(table, on) for group, table in blocks().items()}, counts, at
+                runner, {group: of_rows(table, on) for group, table in blocks().items()}, counts, at
             ),
             lambda n, draft: repeat_in(self._text(runner, rows[n], positions[n], draft), limits[n] - len(draft)),
         )
@@ -288,11 +288,6 @@ class Round:
         while same < len(fed) and fed[same] == pending[same]:
             same += 1
         return found, same
-
-
-def _of_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return ``table[rows]`` for rows that rise, without a copy if they are all."""
-    return table if len(rows) == len(table) else table[rows]
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
