@@ -7,11 +7,23 @@ tree=${1:?$usage}
 direction=${2:---forward}
 case "$direction" in --forward | --reverse) ;; *) echo "$usage" >&2; exit 2 ;; esac
 [ -d "$tree/vllm" ] || { echo "$tree holds no folder vllm; name the folder that contains it" >&2; exit 1; }
-patches=("$(dirname "$0")"/vllm-0.32/*.patch)
+[ "$direction" = --forward ] && opposite=--reverse || opposite=--forward
+patches=("$(dirname "$0")"/vllm-0.32.0/*.patch)
+
+change() { # DIRECTION PATCH [--dry-run]
+  patch --silent --strip=1 --fuzz=0 --force --no-backup-if-mismatch --reject-file=- "$1" --directory="$tree" --input="$(realpath "$2")" "${@:3}" >/dev/null 2>&1
+}
+refuse() {
+  echo "$1; nothing was changed" >&2
+  exit 1
+}
+
 for patch in "${patches[@]}"; do
-  command=(patch --quiet --strip=1 --no-backup-if-mismatch --batch "$direction" --directory="$tree" --input="$(realpath "$patch")")
-  "${command[@]}" --dry-run >/dev/null || { echo "$(basename "$patch") does not fit this vLLM, or is done already; nothing was changed" >&2; exit 1; }
+  name=$(basename "$patch")
+  change "$direction" "$patch" --dry-run && continue
+  change "$opposite" "$patch" --dry-run && refuse "$name: there is nothing to do, $tree is as asked for already"
+  refuse "$name does not fit $tree: it is not vLLM 0.32.0, or was changed otherwise"
 done
 for patch in "${patches[@]}"; do
-  patch --quiet --strip=1 --batch "$direction" --directory="$tree" --input="$(realpath "$patch")"
+  change "$direction" "$patch"
 done

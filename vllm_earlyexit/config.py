@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import UserDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import HeadsConfig, load_heads, read_config
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
+from vllm_earlyexit.plugin import METHOD
 
 CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
-METHOD = "self_exit"
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
 PolicyName = Literal["auto", "entropy", "fixed"]
@@ -139,7 +140,7 @@ def knobs_from(
         raise EarlyExitError(f"self-exit: {name}={first['input']!r} does not work: {first['msg']}") from None
 
 
-def _find_heads(asked: str | None, folder: Path, model_print: str) -> Path:
+def _find_heads(asked: str | None, folder: Path, model_print: str, cache: str | None) -> Path:
     """Return the folder of the heads to use, fetching them from the Hub if they are named by id."""
     named = asked or text_config(folder).get(HEADS_KEY)
     if named is not None and not isinstance(named, str):
@@ -154,9 +155,11 @@ def _find_heads(asked: str | None, folder: Path, model_print: str) -> Path:
             )
         return found
     local = Path(named) if asked else folder / named
+    if not asked and Path(os.path.normpath(named)).parts[:1] in (("..",), ("/",)):
+        raise EarlyExitError(f"self-exit: {HEADS_KEY} in {folder / 'config.json'} leads out of the model's folder")
     if local.exists() or named.startswith((".", "/", "~")) or named.count("/") != 1:
         return local.expanduser()
-    return model_folder(named)
+    return model_folder(named, cache=cache)
 
 
 def _check_belongs(heads: HeadsConfig, where: Path, model: str, model_print: str) -> None:
@@ -167,13 +170,19 @@ def _check_belongs(heads: HeadsConfig, where: Path, model: str, model_print: str
         )
 
 
-def resolve(knobs: Knobs, model: str, revision: str | None = None) -> EarlyExitConfig:
+def resolve(knobs: Knobs, model: str, revision: str | None = None, cache: str | None = None) -> EarlyExitConfig:
     """Find the heads, check that they fit the model, and fill every knob that the user left open.
+
+    Args:
+        knobs: What the user has set.
+        model: Folder or Hub id.
+        revision: Of a Hub id.
+        cache: See ``model_folder``.
 
     Raises:
         EarlyExitError: something does not fit; nothing has been loaded yet.
     """
-    folder = model_folder(model, revision)
+    folder = model_folder(model, revision, cache)
     num_layers = int(text_config(folder).get("num_hidden_layers", 0))
     if max(_asked_layers(knobs), default=0) >= num_layers:
         raise EarlyExitError(
@@ -183,7 +192,7 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None) -> EarlyExitC
     if knobs.head == "shared":
         return _resolve_shared(knobs)
     model_print = fingerprint(folder)
-    where = _find_heads(knobs.model, folder, model_print)
+    where = _find_heads(knobs.model, folder, model_print, cache)
     heads = read_config(where)
     _check_belongs(heads, where, model, model_print)
     load_heads(where)  # a damaged file is found here, before the model loads

@@ -96,8 +96,11 @@ def examine() -> Findings:
 
 
 def _examine_seams(findings: Findings) -> None:
-    from vllm_earlyexit.engine.seams import SEAMS
+    from vllm_earlyexit.engine.seams import SEAMS, built_in
 
+    if built_in():
+        findings.facts.append("this vLLM is patched for self-exit, so nothing of it is changed at run time")
+        return
     for seam in SEAMS:
         state = SeamState(seam.target, WHEN[seam.stage], seam.why, seam.problem())
         findings.seams.append(state)

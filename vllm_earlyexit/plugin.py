@@ -9,6 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 logger = logging.getLogger("vllm.earlyexit")
 
+METHOD = "self_exit"
 DISABLE_VARIABLE = "VLLM_EARLYEXIT_DISABLE"
 ACTIVE_VARIABLE = "VLLM_EARLYEXIT_ACTIVE"  # set by the process that asked; vLLM's processes inherit it
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.engine.heads import ladder_heads
+from tests.engine.reference import Reference, answer
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
     llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
     try:
+        assert not (seams.built_in() and seams.applied())
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -51,6 +53,13 @@ def counters(llm: Any) -> dict[str, int]:
 def ladder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Heads with several exits."""
     return str(ladder_heads(tmp_path_factory.mktemp("ladder") / "heads", smollm2))
+
+
+@pytest.fixture(scope="session")
+def plain(smollm2: Path, prompts: list[str]) -> Reference:
+    assert len(prompts) >= 24
+    with engine(smollm2) as llm:
+        return Reference(smollm2, prompts, {size: answer(llm, prompts, size) for size in (1, 8)})
 
 
 @pytest.fixture(autouse=True)

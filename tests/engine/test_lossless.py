@@ -2,74 +2,22 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.engine.conftest import counters, engine, runner_of
 from tests.engine.heads import LADDER, random_heads
+from tests.engine.reference import Reference, answer
 from vllm_earlyexit.engine.cost import StepTimes
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.policy import Copy
 
-MAX_TOKENS = 64
 CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
-NEAR_TIE = 1e-3
 EXCUSES = 1 / 50
 SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)] + [("auto", 4)]
-
-
-def answer(llm: Any, prompts: list[str], batch_size: int) -> list[list[int]]:
-    """Answer ``prompts`` greedily, at most ``batch_size`` at a time."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    outputs = []
-    for start in range(0, len(prompts), batch_size):
-        messages: list[Any] = [[{"role": "user", "content": p}] for p in prompts[start : start + batch_size]]
-        outputs += [list(o.outputs[0].token_ids) for o in llm.chat(messages, params, use_tqdm=False)]
-    return outputs
-
-
-@dataclass
-class Reference:
-    """Plain vLLM's answers by batch size, and transformers to judge near ties."""
-
-    folder: Path
-    prompts: list[str]
-    answers: dict[int, list[list[int]]]
-    compared: int = 0
-    excused: int = 0
-    _model: Any = field(default=None, repr=False)
-
-    def near_tie(self, prompt: str, left: list[int], right: list[int]) -> bool:
-        """Whether two answers part where the full model's two best logits are within NEAR_TIE."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        if self._model is None:
-            self._model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        same = next(n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-        with torch.no_grad():
-            logits = self._model(torch.tensor([ids + left[:same]])).logits[0, -1]
-        best = logits.topk(2)
-        return {left[same], right[same]} == set(best.indices.tolist()) and float(-best.values.diff()) <= NEAR_TIE
-
-    def check(self, answers: list[list[int]], batch_size: int) -> None:
-        """Assert identity but for proven near ties, which are counted."""
-        pairs = zip(self.prompts, self.answers[batch_size], answers, strict=True)
-        different = [(prompt, plain, ours) for prompt, plain, ours in pairs if plain != ours]
-        for prompt, plain, ours in different:
-            assert self.near_tie(prompt, plain, ours), f"not a near tie: {prompt[:60]!r}"
-        self.compared += len(answers)
-        self.excused += len(different)
 
 
 def draft_from_each_exit_in_turn(policy: Any) -> None:
@@ -84,13 +32,6 @@ def draft_from_each_exit_in_turn(policy: Any) -> None:
         return drafts
 
     policy.begin = begin_elsewhere
-
-
-@pytest.fixture(scope="module")
-def plain(smollm2: Path, prompts: list[str]) -> Reference:
-    assert len(prompts) >= 24
-    with engine(smollm2) as llm:
-        return Reference(smollm2, prompts, {size: answer(llm, prompts, size) for size in (1, 8)})
 
 
 @pytest.mark.parametrize(("policy", "length"), SETTINGS)

@@ -74,18 +74,19 @@ def test_sampled_outputs_follow_the_full_model(model: Path):
 
 
 def test_the_test_notices_unconditional_acceptance(model: Path, monkeypatch: pytest.MonkeyPatch):
-    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.outputs import SamplerOutput
 
-    def accept_everything(
-        draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, logits, bonus_token_ids, *_, **__
-    ):
-        out = torch.full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
-        for row, drafts in enumerate(draft_token_ids.split(num_draft_tokens)):
-            out[row, : len(drafts)] = drafts
-            out[row, len(drafts)] = bonus_token_ids[row, 0]
-        return out
+    from vllm_earlyexit.engine import verification
 
-    monkeypatch.setattr(rejection_sampler, "rejection_sample", accept_everything)
+    def accept_everything(sampler, metadata, logits, sampling, outputs):
+        bonus = sampler(logits=logits[metadata.bonus_logits_indices], sampling_metadata=sampling).sampled_token_ids
+        chosen = torch.full((len(bonus), metadata.max_spec_len + 1), -1, dtype=torch.int32)
+        for row, drafts in enumerate(metadata.draft_token_ids.split(metadata.num_draft_tokens)):
+            chosen[row, : len(drafts)] = drafts
+            chosen[row, len(drafts)] = bonus[row, 0]
+        return SamplerOutput(chosen, None)
+
+    monkeypatch.setattr(verification, "sample_in_turn", accept_everything)
     seen, counted = sample(model)
     assert counted["accepted_tokens"] == counted["draft_tokens"]
     statistic, limit = pearson(seen, exact_distribution(model))

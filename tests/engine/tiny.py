@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 
 
-def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, layers: int = 4, seed: int = 0) -> Path:
+def tiny_model(
+    folder: Path,
+    architecture: str = "llama",
+    vocab_size: int = 64,
+    layers: int = 4,
+    seed: int = 0,
+    tied: bool = False,
+) -> Path:
     """Write a random model of 64 hidden units with head size 32.
 
     Its weights are scaled up so that its distributions are far from uniform, and its later layers add less than its
@@ -22,7 +29,7 @@ def tiny_model(folder: Path, architecture: str = "llama", vocab_size: int = 64, 
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,

@@ -67,6 +67,36 @@ def test_an_interrupted_save_leaves_nothing_to_load(heads: Path, monkeypatch: py
         load_heads(heads)
 
 
+def test_weights_that_are_not_finite_are_refused(heads: Path):
+    loaded = load_heads(heads)
+    next(iter(loaded.modules[1].parameters())).data.view(-1)[0] = torch.nan
+    loaded.save(heads)
+    with pytest.raises(EarlyExitError, match="not finite"):
+        load_heads(heads)
+
+
+def test_a_config_of_huge_sizes_takes_no_memory(heads: Path):
+    """A hidden size that would take petabytes is found not to fit the weights before anything is allocated."""
+    config = heads / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 2**24}))
+    with pytest.raises(EarlyExitError, match="does not fit its config"):
+        load_heads(heads)
+
+
+def test_nothing_is_unpickled(heads: Path, tmp_path: Path):
+    """A file that would run code if it were unpickled is refused as damaged."""
+    ran = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (ran.touch, ())
+
+    torch.save({"exits.1.scale": Payload()}, heads / "model.safetensors")
+    with pytest.raises(EarlyExitError, match="is damaged"):
+        load_heads(heads)
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("kind", ["shared", "linear", "mlp"])
 def test_an_untrained_head_is_the_shared_head(tmp_path: Path, kind: str):
     loaded = load_heads(make_heads(tmp_path / "heads", make_model(tmp_path / "model"), kind))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,35 @@ def test_heads_are_found_through_the_model_config(tmp_path: Path, model: Path):
     config = model / "config.json"
     config.write_text(config.read_text()[:-1] + ', "self_exit_heads": "my-heads"}')
     assert resolve(Knobs(), str(model)).heads == str(model / "my-heads")
+
+
+@pytest.mark.parametrize("named", ["../heads", "/etc", "a/../../heads", 3])
+def test_a_model_cannot_name_heads_outside_its_folder(model: Path, named: object):
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"self_exit_heads": named}))
+    make_heads(model.parent / "heads", model)
+    with pytest.raises(EarlyExitError, match=r"out of the model's folder|must be a path or a Hub id"):
+        resolve(Knobs(), str(model))
+
+
+def test_ids_are_fetched_as_vllm_fetches_them(model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch):
+    """From where vLLM keeps its files, and nothing that it would not load."""
+    asked = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append((name, options["revision"], options["cache_dir"], options["allow_patterns"]))
+        return str(model if name == "someone/model" else heads)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    resolve(Knobs(model="someone/heads"), "someone/model", "abc", "/data")
+    files = ["*.json", "*.safetensors"]
+    assert asked == [("someone/model", "abc", "/data", files), ("someone/heads", None, "/data", files)]
+
+
+def test_offline_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EarlyExitError, match=r"'nobody/nothing' cannot be read .*reachable or cached"):
+        resolve(Knobs(), "nobody/nothing")
 
 
 def test_a_model_without_heads_says_how_to_get_them(model: Path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
@@ -19,6 +20,11 @@ from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
 from vllm_earlyexit.engine.policy import Policy, build_policy
 from vllm_earlyexit.heads.checkpoint import load_heads
+
+logger = init_logger("vllm.earlyexit")
+
+SILENT = 64
+"""Tokens about which heads say nothing, because their logits are not numbers, until they are not asked any more."""
 
 KVContext = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], AbstractContextManager[None]]
 """Given some of a round's rows, rising, how many tokens of each (None for one), both int64 [n], and the positions of
@@ -76,6 +82,8 @@ class SelfExitDrafter:
             heads = [CompiledExit(vllm_config, model, layer, found.modules[layer], vocab) for layer in layers]
             self.policy = build_policy(config, [found.config.exit(layer) for layer in layers])
         self._prompt_lookup = config.prompt_lookup
+        self.silent = 0
+        """Tokens about which a head's logits were not numbers."""
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
 
     def draft(
@@ -109,7 +117,7 @@ class SelfExitDrafter:
 
         ask = self.policy.begin(frontier.num_seqs, lookup)
         copy(self.policy.copied)
-        if ask:
+        if ask and self.silent < SILENT:
             self._ask(frontier, previous(), kv_context)
             copy(self.policy.append(lookup))
         return frontier.drafts()
@@ -124,7 +132,7 @@ class SelfExitDrafter:
                 asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
             frontier.keep(at_cut.tensors, cut)
             decision = self.policy.decide(step.rows, asked.entropy, cut)
-            features, tokens, keep = asked.features, asked.token_ids, decision.keep
+            features, tokens, keep = asked.features, asked.token_ids, decision.keep & self._said(asked)
             unsure = None
             while decision.deeper is not None and bool(decision.deeper.any()):
                 deeper = decision.deeper.nonzero().squeeze(-1)
@@ -134,11 +142,24 @@ class SelfExitDrafter:
                 decision = self.policy.decide(step.rows[unsure], asked.entropy, cut)
                 features = features.index_copy(0, unsure, asked.features)
                 tokens = tokens.index_copy(0, unsure, asked.token_ids)
-                keep = keep.index_copy(0, unsure, decision.keep)
+                keep = keep.index_copy(0, unsure, decision.keep & self._said(asked))
             previous.index_copy_(0, step.rows, features)
             frontier.advance(tokens, keep)
             if not decision.go_on:
                 break
+
+    def _said(self, asked: Asked) -> torch.Tensor:
+        """Return of which tokens a head said something, bool [n]; where its logits are not numbers, drafts end."""
+        said = ~asked.entropy.isnan()
+        silent = len(said) - int(said.sum())
+        if silent and not self.silent:
+            logger.warning(
+                "self-exit: an exit head's logits are not numbers; nothing is drafted where that is so, and after %d "
+                "such tokens no head is asked any more",
+                SILENT,
+            )
+        self.silent += silent
+        return said
 
     def _lift(
         self, frontier: Frontier, rows: torch.Tensor, cut: int, before: torch.Tensor, kv_context: KVContext

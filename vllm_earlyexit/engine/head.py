@@ -46,7 +46,7 @@ class Head(Protocol):
 
 
 class SharedExit:
-    """LayerSkip's head: the model's final norm and lm_head. It has no calibration, so its entropy is not computed."""
+    """LayerSkip's head: the model's final norm and lm_head. It has no calibration, so its entropy is said to be 0."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -54,8 +54,8 @@ class SharedExit:
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
         """Ask the head; see ``Head``."""
         features = self._model.final_norm(hidden)
-        choice = self._model.compute_logits(features).argmax(dim=-1)
-        return Asked(features, choice, features.new_full((len(features),), torch.nan))
+        best = self._model.compute_logits(features).max(dim=-1)
+        return Asked(features, best.indices, best.values.float() * 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class PagedLastLayer:
     """The last decoder layer's norm, K/V projection and attention over its own paged KV cache, at some positions.
 
     Keys and values of pending tokens are written to their own slots in the last layer's cache, where verification
-    overwrites them. Use it within the forward context of a draft step.
+    overwrites them; never what is not finite, because attention kernels multiply slots that they mask by 0. Use it
+    within the forward context of a draft step.
 
     Attributes:
         layer: The last decoder layer.
@@ -83,7 +84,7 @@ class PagedLastLayer:
         qkv, _ = attention.qkv_proj(normed)
         _, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         query, key = attention.rotary_emb(self.positions, query, key)
-        return attention.attn(query, key, value)
+        return attention.attn(query, key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +19,10 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.outputs import SamplerOutput
 
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
+from vllm_earlyexit.engine import verification
 from vllm_earlyexit.engine.cost import SIZES, measured
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
@@ -63,7 +65,7 @@ class SelfExitProposer:
                 number: torch.zeros_like(runner.input_batch.block_table[number].get_device_tensor(1)).expand(n, -1)
                 for number in range(len(runner.attn_groups))
             }
-            with self._kv_context(runner, blocks, None, positions):
+            with _adapters(runner, lambda: [0] * n), self._kv_context(runner, blocks, None, positions):
                 return self.drafter.timed(ids, positions)
 
         run(2)  # compiles the heads, for any number of tokens
@@ -124,12 +126,20 @@ class SelfExitProposer:
         def blocks() -> dict[int, torch.Tensor]:
             return self._blocks(runner, torch.tensor(rows, device=device))
 
+        @contextmanager
+        def context(on: torch.Tensor, counts: torch.Tensor | None, at: torch.Tensor) -> Iterator[None]:
+            tables = {group: of_rows(table, on) for group, table in blocks().items()}
+
+            def owners() -> list[int]:
+                return [rows[n] for n in (on if counts is None else on.repeat_interleave(counts)).tolist()]
+
+            with _adapters(runner, owners), self._kv_context(runner, tables, counts, at):
+                yield
+
         drafted = self.drafter.draft(
             frontier,
             previous,
-            lambda on, counts, at: self._kv_context(
-                runner, {group: of_rows(table, on) for group, table in blocks().items()}, counts, at
-            ),
+            context,
             lambda n, draft: repeat_in(self._text(runner, rows[n], positions[n], draft), limits[n] - len(draft)),
         )
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
@@ -160,16 +170,33 @@ class SelfExitProposer:
         if not places:
             return None
 
-        def context(low: Sequence[int]) -> AbstractContextManager[None]:
+        @contextmanager
+        def context(low: Sequence[int]) -> Iterator[None]:
             counts = Counter(owner[at] for at in low)
-            return self._kv_context(
-                runner,
-                self._blocks(runner, torch.tensor([*counts], device=positions.device)),
-                torch.tensor([*counts.values()], device=positions.device),
-                positions[low],
-            )
+            tables = self._blocks(runner, torch.tensor([*counts], device=positions.device))
+            each = torch.tensor([*counts.values()], device=positions.device)
+            with (
+                _adapters(runner, lambda: [owner[at] for at in low]),
+                self._kv_context(runner, tables, each, positions[low]),
+            ):
+                yield
 
         return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed), context)
+
+    def sample(self, runner: Any, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+        """Sample for a batch of which something was drafted; see ``verification``.
+
+        Args:
+            runner: The V1 model runner.
+            logits: [num_draft_tokens + num_requests, vocab_size].
+            metadata: vLLM's ``SpecDecodeMetadata``.
+        """
+        batch = runner.input_batch
+        if verification.only_largest(batch.sampling_metadata):
+            return verification.take_largest(metadata, logits)
+        return verification.sample_in_turn(
+            runner.sampler, metadata, logits, batch.sampling_metadata, batch.req_output_token_ids
+        )
 
     @staticmethod
     def _text(runner: Any, row: int, position: int, draft: Sequence[int]) -> np.ndarray:
@@ -258,6 +285,32 @@ class SelfExitProposer:
                 slots |= dict.fromkeys(group.layer_names, slot_mapping)
         with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
             yield
+
+
+def measure(worker: Any) -> None:
+    """Let a worker's proposer measure; for vLLM's ``collective_rpc``."""
+    worker.model_runner.drafter.measure(worker.model_runner)
+
+
+@contextmanager
+def _adapters(runner: Any, rows: Callable[[], list[int]]) -> Iterator[None]:
+    """Send some tokens through the LoRA adapters of their requests; those of the whole batch are back afterwards.
+
+    Args:
+        runner: The V1 model runner.
+        rows: Makes the batch row of each token; called if there may be adapters.
+    """
+    if runner.lora_config is None:
+        yield
+        return
+    batch, manager = runner.input_batch, runner.lora_manager
+    whole, used = manager._adapter_manager._last_mapping, set(batch.lora_id_to_lora_request.values())
+    mapping = tuple(batch.request_lora_mapping[rows()].tolist())
+    runner._set_active_loras(mapping, mapping, used)
+    try:
+        yield
+    finally:
+        manager.set_active_adapters(used, whole)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from vllm_earlyexit.plugin import ACTIVE_VARIABLE
+from vllm_earlyexit.plugin import ACTIVE_VARIABLE, METHOD
 
 logger = logging.getLogger("vllm.earlyexit")
 
@@ -87,18 +87,25 @@ def shape(target: Any) -> tuple[str, ...]:
 _originals: dict[str, Any] = {}
 
 
+def built_in() -> bool:
+    """Return whether this vLLM was built with the patch that makes seams unnecessary."""
+    from vllm.config.speculative import SpeculativeMethod
+
+    return METHOD in get_args(SpeculativeMethod)
+
+
 def applied(stage: Stage | None = None) -> list[str]:
     """Return the targets that are changed in this process, of one stage or of all."""
     return [seam.target for seam in SEAMS if seam.target in _originals and stage in (None, seam.stage)]
 
 
 def apply(stage: Stage) -> None:
-    """Apply every seam of ``stage`` that is not yet applied in this process.
+    """Apply every seam of ``stage`` that is not yet applied in this process; none if vLLM has them built in.
 
     Raises:
         RuntimeError: a target does not look as expected, or did not take the change.
     """
-    for seam in SEAMS:
+    for seam in () if built_in() else SEAMS:
         if seam.stage != stage or seam.wrap is None or seam.target in _originals:
             continue
         problem = seam.problem()
@@ -141,19 +148,17 @@ def _register_architectures() -> None:
 
 def uses_self_exit(speculative_config: Any) -> bool:
     """Return whether a vLLM ``SpeculativeConfig`` (or None) is ours."""
-    return speculative_config is not None and speculative_config.model == PROPOSER
+    return speculative_config is not None and (
+        speculative_config.method == METHOD or speculative_config.model == PROPOSER
+    )
 
 
 def _open_request_door(original: Callable) -> Callable:
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        from vllm_earlyexit.config import knobs_from
+        from vllm_earlyexit.engine.setup import requested
 
-        knobs = knobs_from(self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens)
-        if knobs is None:
-            return original(self, target_model_config, target_parallel_config)
-        from vllm_earlyexit.engine.setup import set_up
-
-        return set_up(self, knobs, target_model_config, target_parallel_config)
+        ours = requested(self, target_model_config, target_parallel_config)
+        return ours or original(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
 
@@ -246,36 +251,38 @@ def _measure_when_warm(original: Callable) -> Callable:
     def compile_or_warm_up_model(self: Any) -> None:
         original(self)
         if uses_self_exit(self.speculative_config):
-            self.collective_rpc(_measure)
+            from vllm_earlyexit.engine.runner_v1 import measure
+
+            self.collective_rpc(measure)
 
     return compile_or_warm_up_model
 
 
-def _measure(worker: Any) -> None:
-    worker.model_runner.drafter.measure(worker.model_runner)
+def _verify_as_plain(original: Callable) -> Callable:
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is None or not uses_self_exit(self.speculative_config):
+            return original(self, logits, spec_decode_metadata)
+        return self.drafter.sample(self, logits, spec_decode_metadata)
+
+    return _sample
 
 
-def _expand_on_cpu(original: Callable) -> Callable:
-    def expand_batch_to_tokens(
-        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> Any:
-        if x.device.type != "cpu":
-            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+def _process_logits_as_plain(original: Callable) -> Callable:
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if uses_self_exit(vllm_config.speculative_config):
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = None
+        return original(vllm_config, *args, **kwargs)
 
-    return expand_batch_to_tokens
+    return build_logitsprocs
 
 
-def _verify_greedily(original: Callable) -> Callable:
-    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-        from vllm_earlyexit.engine import greedy
+def _admit_as_plain(original: Callable) -> Callable:
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not uses_self_exit(speculative_config):
+            original(self, speculative_config)
 
-        if self.synthetic_mode or draft_probs is not None or not greedy.only_largest(sampling_metadata):
-            return original(self, metadata, draft_probs, logits, sampling_metadata)
-        return greedy.verify(metadata, logits)
-
-    return forward
+    return _validate_spec_decode
 
 
 @contextmanager
@@ -284,8 +291,11 @@ def pipeline_stage(first: bool, last: bool) -> Iterator[None]:
 
     vLLM's models ask the group whether to embed tokens and whether to apply the final norm.
     """
-    from vllm.distributed import parallel_state
-
+    parallel_state: Any = import_module("vllm.distributed.parallel_state")
+    if built_in():
+        with parallel_state.override_pp_stage(first, last):
+            yield
+        return
     group = parallel_state._PP
     assert group is not None
     stage = copy.copy(group)
@@ -373,24 +383,34 @@ SEAMS = (
         wrap=_measure_when_warm,
     ),
     Seam(
-        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
         stage="engine",
-        why="On CPUs vLLM 0.32 expands temperature, top-k and top-p into a temporary copy and returns uninitialised "
-        "memory, so every speculative method samples from a wrong distribution at temperatures above 0.",
-        how="Expands them with PyTorch on CPU tensors; vLLM's own function serves all other devices.",
-        upstream="vLLM issue 55005; unnecessary once its fix (pull request 55006, open in September 2026) is in.",
-        expects=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
-        wrap=_expand_on_cpu,
+        why="vLLM's rejection sampler leaves out min-p, logit bias and custom logits processors, draws other random "
+        "numbers than plain decoding does for the same seed, copies the logits of greedy requests three times, and on "
+        "CPUs samples from a wrong distribution (vLLM issue 55005).",
+        how="Samples token after token with vLLM's own sampler until one differs from the draft; where every request "
+        "is greedy and nothing else is asked of its logits, finds the largest of them in place.",
+        upstream="A rejection sampler for drafts without probabilities that does the same would replace it.",
+        expects=("self", "logits", "spec_decode_metadata"),
+        wrap=_verify_as_plain,
     ),
     Seam(
-        target="vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+        target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
         stage="engine",
-        why="For greedy requests vLLM copies the logits of all draft tokens three times to find the largest, which "
-        "costs noticeable time on CPUs.",
-        how="Finds it in place if every request of the batch is greedy and nothing else is asked of its logits.",
-        upstream="The same in vLLM's rejection sampler would replace it.",
-        expects=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
-        wrap=_verify_greedily,
+        why="vLLM drops the processors of min-p and logit bias, and refuses custom ones, if it speculates.",
+        how="Builds those of plain decoding for self-exit.",
+        upstream="As for _sample.",
+        expects=("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        wrap=_process_logits_as_plain,
+    ),
+    Seam(
+        target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        stage="engine",
+        why="vLLM refuses requests with min-p or logit bias if it speculates.",
+        how="Admits them for self-exit.",
+        upstream="As for _sample.",
+        expects=("self", "speculative_config"),
+        wrap=_admit_as_plain,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",

@@ -1,26 +1,46 @@
 """From a request for self-exit to vLLM's configuration; runs before anything is loaded."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
-from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, Knobs, resolve
-from vllm_earlyexit.engine import models, seams
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, Knobs, knobs_from, resolve
+from vllm_earlyexit.engine import seams
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.plugin import ACTIVE_VARIABLE, version_problem
+from vllm_earlyexit.plugin import ACTIVE_VARIABLE, METHOD, version_problem
+
+REFUSED: dict[str, Callable[[Any, Any], bool]] = {
+    "tensor and pipeline parallelism are not supported yet; serve with one rank": lambda model, parallel: (
+        parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
+    ),
+    "context parallelism is not supported; turn it off": lambda model, parallel: (
+        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    ),
+    "it drafts text, so runners that do not generate have no use for it": lambda model, parallel: (
+        model.runner_type != "generate"
+    ),
+}
+"""What cannot be served, from vLLM's model and parallel configuration; docs/compatibility.md says the same."""
 
 
-def _refuse_unsupported(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+def _refuse_unsupported(model_config: Any, parallel_config: Any) -> None:
     problem = version_problem()
     if problem:
         raise EarlyExitError(f"self-exit: {problem}")
-    if parallel_config.tensor_parallel_size > 1 or parallel_config.pipeline_parallel_size > 1:
-        raise EarlyExitError("self-exit: tensor and pipeline parallelism are not supported yet; serve with one rank")
-    if parallel_config.decode_context_parallel_size > 1 or parallel_config.prefill_context_parallel_size > 1:
-        raise EarlyExitError("self-exit: context parallelism is not supported; turn it off")
-    if engine_args.enable_lora:
-        raise EarlyExitError("self-exit: LoRA adapters are not supported yet; drop --enable-lora")
-    if model_config.runner_type != "generate":
-        raise EarlyExitError(f"self-exit: it drafts text, so runner {model_config.runner_type!r} has no use for it")
+    for sentence, applies in REFUSED.items():
+        if applies(model_config, parallel_config):
+            raise EarlyExitError(f"self-exit: {sentence}")
+
+
+def requested(engine_args: Any, model_config: Any, parallel_config: Any) -> Any:
+    """Return vLLM's ``SpeculativeConfig`` if its arguments ask for self-exit, None if they ask for something else.
+
+    Raises:
+        EarlyExitError: self-exit is asked for in a way that cannot be served.
+    """
+    given = (engine_args.spec_method, engine_args.spec_model, engine_args.spec_tokens)
+    knobs = knobs_from(engine_args.speculative_config, *given)
+    return None if knobs is None else set_up(engine_args, knobs, model_config, parallel_config)
 
 
 def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: Any) -> Any:
@@ -32,9 +52,11 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
     Raises:
         EarlyExitError: the request cannot be served as asked.
     """
-    _refuse_unsupported(engine_args, model_config, parallel_config)
+    from vllm_earlyexit.engine import models
+
+    _refuse_unsupported(model_config, parallel_config)
     architecture = models.PREFIX + models.plain_architecture(model_config.architectures)
-    config = resolve(knobs, model_config.model, model_config.revision)
+    config = resolve(knobs, model_config.model, model_config.revision, engine_args.download_dir)
 
     os.environ[ACTIVE_VARIABLE] = "1"
     seams.apply("engine")
@@ -45,9 +67,11 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
 
     from vllm.config import SpeculativeConfig
 
+    ours: dict[str, Any] = {"method": "custom_class", "model": seams.PROPOSER}
+    if seams.built_in():
+        ours = {"method": METHOD, "model": METHOD}
     return SpeculativeConfig(
-        method="custom_class",
-        model=seams.PROPOSER,
+        **ours,
         num_speculative_tokens=config.num_speculative_tokens,
         target_model_config=model_config,
         target_parallel_config=parallel_config,

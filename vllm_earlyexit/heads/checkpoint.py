@@ -259,7 +259,7 @@ def read_config(folder: Path) -> HeadsConfig:
 
 
 def load_heads(folder: Path) -> Heads:
-    """Read a heads checkpoint, checking every tensor's presence and shape.
+    """Read a heads checkpoint, checking every tensor's presence, shape and values; memory is taken for the file alone.
 
     Raises:
         EarlyExitError: a file is missing, damaged, or does not fit the config.
@@ -275,16 +275,20 @@ def load_heads(folder: Path) -> Heads:
     draft_vocab = tensors.pop("draft_vocab", None)
     modules = {}
     for exit_config in config.exits:
-        module = build_head(exit_config.kind, config.hidden_size, exit_config.intermediate_size, exit_config.query_size)
+        sizes = (config.hidden_size, exit_config.intermediate_size, exit_config.query_size)
+        with torch.device("meta"):
+            module = build_head(exit_config.kind, *sizes)
         prefix = f"exits.{exit_config.exit_layer}."
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:
-            module.load_state_dict(_loaded(state))
+            module.load_state_dict(_loaded(state), assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise EarlyExitError(
                 f"self-exit: {path} does not fit its config ({reason}); copy or train the heads again"
             ) from error
+        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+            raise EarlyExitError(f"self-exit: {path} has weights that are not finite; copy or train the heads again")
         modules[exit_config.exit_layer] = module
     expected = None if config.draft_vocab_size == config.vocab_size else (config.draft_vocab_size,)
     found = None if draft_vocab is None else tuple(draft_vocab.shape)

@@ -14,8 +14,13 @@ from vllm_earlyexit.errors import EarlyExitError
 _SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
-def model_folder(model: str, revision: str | None = None) -> Path:
+def model_folder(model: str, revision: str | None = None, cache: str | None = None) -> Path:
     """Return the local folder of ``model``, a folder or a Hub id, fetching the files that vLLM will load anyway.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of a Hub id.
+        cache: Where vLLM keeps what it fetches, its ``--download-dir``; None for the Hub client's own place.
 
     Raises:
         EarlyExitError: the model is neither a folder nor to be had from the Hub.
@@ -24,8 +29,9 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    wanted: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["original/**/*"]}
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, **wanted))
     except Exception as error:  # the Hub client raises many unrelated types; each means: cannot be had
         raise EarlyExitError(
             f"self-exit: the files of model {model!r} cannot be read ({type(error).__name__}: {error}); "

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_earlyexit.engine import greedy
+from vllm_earlyexit.engine import verification
 
 VOCAB = 7
 
@@ -58,14 +58,14 @@ def test_drafts_are_accepted_while_they_are_what_argmax_says(drafts, dtype, rand
         own = [next(best) for _ in range(len(draft) + 1)]
         accepted = next((n for n, token in enumerate(draft) if token != own[n]), len(draft))
         expected.append(own[: accepted + 1] + [-1] * (metadata.max_spec_len - accepted))
-    assert greedy.verify(metadata, logits).sampled_token_ids.tolist() == expected
+    assert verification.take_largest(metadata, logits).sampled_token_ids.tolist() == expected
 
 
 def test_of_equal_logits_the_first_counts_in_a_large_vocabulary():
     logits = torch.zeros(4, 50_000, dtype=torch.bfloat16)
     for row, (first, second) in enumerate([(17, 40_000), (31, 32), (0, 49_999), (12_345, 12_361)]):
         logits[row, [first, second]] = 1.0
-    found = greedy.verify(metadata_of([[17, 31], [1]]), logits[[0, 1, 2, 3, 0]]).sampled_token_ids
+    found = verification.take_largest(metadata_of([[17, 31], [1]]), logits[[0, 1, 2, 3, 0]]).sampled_token_ids
     assert found.tolist() == [[17, 31, 0], [12_345, -1, -1]]
     assert logits.to(torch.float32).argmax(dim=-1).tolist() == [17, 31, 0, 12_345]
 
@@ -77,12 +77,12 @@ def processor(kind: type, **state: Any) -> Any:
 
 
 def test_idle_processors_change_nothing():
-    assert greedy.only_largest(Sampling())  # type: ignore[arg-type]
+    assert verification.only_largest(Sampling())  # type: ignore[arg-type]
     for harmless in (
         processor(MinTokensLogitsProcessor, min_toks={}),
         processor(LogitBiasLogitsProcessor, biases={}),
     ):
-        assert greedy.only_largest(Sampling(logitsprocs=harmless))  # type: ignore[arg-type]
+        assert verification.only_largest(Sampling(logitsprocs=harmless))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -102,4 +102,4 @@ def test_idle_processors_change_nothing():
     ids=str,
 )
 def test_each_other_wish_goes_to_vllm(wish):  # type: ignore[no-untyped-def]
-    assert not greedy.only_largest(Sampling(**wish))  # type: ignore[arg-type]
+    assert not verification.only_largest(Sampling(**wish))  # type: ignore[arg-type]

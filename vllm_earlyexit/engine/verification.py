@@ -1,0 +1,132 @@
+"""Which draft tokens are kept: those that plain decoding would have sampled."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import cast
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, LogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+
+def only_largest(sampling: SamplingMetadata) -> bool:
+    """Return whether every request wants the token of the largest logit and nothing else."""
+    thinking = sampling.thinking_budget_state_holder
+    return (
+        sampling.all_greedy
+        and sampling.max_num_logprobs is None
+        and not sampling.logprob_token_ids
+        and sampling.no_penalties
+        and not sampling.bad_words_token_ids
+        and sampling.allowed_token_ids_mask is None
+        and (thinking is None or not thinking.has_tracked_requests())
+        and not any(map(_changes_logits, sampling.logitsprocs.non_argmax_invariant))
+    )
+
+
+def _changes_logits(processor: LogitsProcessor) -> bool:
+    """Return whether a logits processor may do something; of others than vLLM's own that is not known."""
+    if type(processor) is MinTokensLogitsProcessor:
+        return bool(processor.min_toks)
+    if type(processor) is LogitBiasLogitsProcessor:
+        return bool(processor.biases)
+    return True
+
+
+def take_largest(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> SamplerOutput:
+    """Accept draft tokens as long as each has the largest logit, and add the token that has it where one has not.
+
+    vLLM's rejection sampler chooses the same tokens (of equal logits the first) after it has copied the logits of all
+    draft tokens three times, twice of them in float32.
+
+    Args:
+        metadata: Which logits belong to which draft token.
+        logits: [num_draft_tokens + num_requests, vocab_size].
+
+    Returns:
+        Token ids, int32 [num_requests, longest draft + 1], with vLLM's placeholder after the last one of each request.
+    """
+    best = logits.max(dim=-1).indices.to(torch.int32)
+    targets, bonus = best[metadata.target_logits_indices], best[metadata.bonus_logits_indices]
+    device, longest = logits.device, metadata.max_spec_len
+    counts = torch.tensor(metadata.num_draft_tokens, device=device)
+    drafted = torch.arange(longest, device=device) < counts[:, None]
+    chosen = torch.full((len(counts), longest + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=device)
+    chosen[:, :-1][drafted] = targets
+    chosen.scatter_(1, counts[:, None], bonus[:, None])
+    agreed = torch.zeros(len(counts), longest, dtype=torch.bool, device=device)
+    agreed[drafted] = metadata.draft_token_ids == targets
+    accepted = agreed.cumprod(dim=1).sum(dim=1)
+    rejected = torch.arange(longest + 1, device=device) > accepted[:, None]
+    return SamplerOutput(chosen.masked_fill_(rejected, PLACEHOLDER_TOKEN_ID), None)
+
+
+def sample_in_turn(
+    sampler: Callable[..., SamplerOutput],
+    metadata: SpecDecodeMetadata,
+    logits: torch.Tensor,
+    sampling: SamplingMetadata,
+    outputs: Sequence[list[int]],
+) -> SamplerOutput:
+    """Sample each request's tokens one after the other, as plain decoding does, until one is not the draft's.
+
+    A draft token is thus accepted with the probability that the full model gives it, and what is sampled in its place
+    is distributed as the full model's other tokens are: speculative sampling (Leviathan et al. 2023, arXiv:2211.17192,
+    appendix A.1) of a draft that is certain of itself. vLLM's sampler, its logits processors and its generators see
+    what they see in plain decoding, in the same order, so whatever they support is supported, and a request with a seed
+    samples the tokens that it samples there.
+
+    Args:
+        sampler: vLLM's sampler.
+        metadata: Which logits belong to which draft token.
+        logits: [num_draft_tokens + num_requests, vocab_size].
+        sampling: Of the batch.
+        outputs: The tokens generated so far, as logits processors know them; grown meanwhile, as before afterwards.
+
+    Returns:
+        Token ids, int32 [num_requests, most tokens sampled], with vLLM's placeholder after the last one of each
+        request, and the log-probabilities of every place in that table if they are asked for.
+    """
+    drafts = [draft.tolist() for draft in metadata.draft_token_ids.split(metadata.num_draft_tokens)]
+    at = [0, *accumulate(1 + len(draft) for draft in drafts)][:-1]
+    going, columns, logprobs = list(range(len(drafts))), [], []
+    kept = [0] * len(drafts)
+    try:
+        while going:
+            generators = {row: sampling.generators[row] for row in going if row in sampling.generators}
+            one_each = replace(sampling, generators=generators, spec_token_ids=[[] for _ in drafts])
+            sampled = sampler(logits=logits[at], sampling_metadata=one_each)
+            tokens = sampled.sampled_token_ids.squeeze(-1)
+            column = torch.full_like(tokens, PLACEHOLDER_TOKEN_ID)
+            column[going] = tokens[going]
+            columns.append(column)
+            logprobs.append(sampled.logprobs_tensors)
+            said, place = tokens.tolist(), len(columns) - 1
+            going = [row for row in going if place < len(drafts[row]) and said[row] == drafts[row][place]]
+            for row in going:
+                outputs[row].append(said[row])
+                kept[row] += 1
+                at[row] += 1
+            if going:
+                for processor in sampling.logitsprocs.all:
+                    processor.update_state(None)
+    finally:
+        for row, count in enumerate(kept):
+            del outputs[row][len(outputs[row]) - count :]
+    return SamplerOutput(torch.stack(columns, dim=1), _by_request(logprobs))
+
+
+def _by_request(places: Sequence[LogprobsTensors | None]) -> LogprobsTensors | None:
+    """Return the log-probabilities of [num_requests] tokens at each place as those of [num_requests * places]."""
+    if places[0] is None:
+        return None
+    known = cast(Sequence[LogprobsTensors], places)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.stack([getattr(one, name) for one in known], dim=1).flatten(0, 1)
+
+    return LogprobsTensors(joined("logprob_token_ids"), joined("logprobs"), joined("selected_token_ranks"))
