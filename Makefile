@@ -7,7 +7,7 @@ TORCH := 2.13.0
 # vLLM's CPU documentation advises to preload Intel's OpenMP, which vLLM installs.
 PRELOAD = LD_PRELOAD="$$(ls $(CURDIR)/$(VENV)/lib/libiomp5.so 2>/dev/null)"
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-soak lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.done
@@ -15,6 +15,10 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/test.done lint
 	$(PRELOAD) $(BIN)/python -m pytest $(PYTEST)
+
+# Five minutes of mixed traffic against a server; not part of `make test`.
+test-soak: $(VENV)/test.done
+	SOAK_MINUTES=5 $(PRELOAD) $(BIN)/python -m pytest tests/soak
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -1,100 +1,88 @@
 """``vllm serve`` with self-exit, asked by a real OpenAI client."""
 
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
 
-START_SECONDS = 240
+from benchmarks.servers import START_SECONDS, Server, serving
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
 STREAMS = 8
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def vllm_command() -> str:
-    beside = Path(sys.executable).parent / "vllm"
-    return str(beside) if beside.exists() else shutil.which("vllm") or "vllm"
-
-
-class Server:
-    """A running ``vllm serve``."""
-
-    def __init__(self, model: Path, log: Path, *arguments: str):
-        self.port, self.log = free_port(), log
-        command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "1024", "--max-num-seqs", "8", *arguments]
-        env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-
-    def wait(self) -> None:
-        """Wait until the server answers; fail with its log if it ends first."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                pytest.fail(f"vllm serve ended:\n{self.log.read_text()[-4000:]}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-        pytest.fail(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
-
-    def metric(self, name: str) -> float:
-        """Return the sum of a counter over its labels, from /metrics."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as page:
-            lines = page.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
-
-    def stop(self) -> int:
-        """Ask the server to end as an operator would; return its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+FLAGS = (
+    *("--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "1024", "--max-num-seqs", "8"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("serve") / "server.log"
     # The policy auto, the default, need not draft on a machine where that does not pay.
     drafting = ("--speculative-model", "[self-exit]", "--speculative-config", '{"policy": "entropy"}')
-    running = Server(smollm2, log, *drafting)
-    try:
-        running.wait()
+    with serving(smollm2, tmp_path_factory.mktemp("serve") / "server.log", *FLAGS, *drafting) as running:
         yield running
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
 
 
-def ask(client: OpenAI, prompt: str, stream: bool) -> str:
+def ask(client: OpenAI, prompt: str, stream: bool, **sampling: Any) -> str:
     messages = [{"role": "user", "content": prompt}]
     arguments = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 48, "stream": stream}
+    arguments |= sampling
     answer = client.chat.completions.create(**arguments)  # type: ignore[call-overload]
     if not stream:
         return answer.choices[0].message.content
     return "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)
 
 
+def call(client: OpenAI, place: str, **sampling: Any) -> tuple[str, str]:
+    """Let the model call a tool about a place; return the tool's name and arguments."""
+    answer = client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": f"How warm is it in {place}?"}],
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        **sampling,
+    )
+    (called,) = answer.choices[0].message.tool_calls
+    return called.function.name, called.function.arguments
+
+
+def answers(server: Server, prompts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Ask for texts, some of them sampled with a seed, and for tool calls, all at the same time."""
+    client = OpenAI(base_url=server.url, api_key="none")
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1, "seed": 5}]
+    with ThreadPoolExecutor(STREAMS) as pool:
+        texts = [pool.submit(ask, client, p, stream=False, **kinds[n % 2]) for n, p in enumerate(prompts[:STREAMS])]
+        calls = [pool.submit(call, client, place, **kind) for place in ("Rome", "Oslo") for kind in kinds]
+        return [text.result() for text in texts], [one.result() for one in calls]
+
+
+def test_a_server_answers_what_a_plain_one_answers(server: Server, smollm2: Path, tmp_path: Path, prompts: list[str]):
+    found = answers(server, prompts)
+    with serving(smollm2, tmp_path / "plain.log", *FLAGS) as plain:
+        assert found == answers(plain, prompts)
+    for name, arguments in found[1]:
+        assert name == "weather"
+        assert set(json.loads(arguments)) == {"city", "unit"}
+
+
 def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: list[str]):
-    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+    client = OpenAI(base_url=server.url, api_key="none")
     asked = prompts[:STREAMS]
     with ThreadPoolExecutor(STREAMS) as pool:
         streamed = list(pool.map(lambda prompt: ask(client, prompt, stream=True), asked))
@@ -116,7 +104,7 @@ def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: li
 
 
 def test_bad_heads_end_the_server_with_one_sentence(smollm2: Path, tmp_path: Path):
-    failing = Server(smollm2, tmp_path / "server.log", "--speculative-model", "[self-exit]:no/such/heads")
+    failing = Server(smollm2, tmp_path / "server.log", *FLAGS, "--speculative-model", "[self-exit]:no/such/heads")
     assert failing.process.wait(timeout=START_SECONDS) != 0
     log = failing.log.read_text()
     assert "self-exit: there is no heads folder 'no/such/heads'" in log

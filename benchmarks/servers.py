@@ -1,0 +1,93 @@
+"""A ``vllm serve`` of one's own, on loopback."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 240
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def vllm_command() -> str:
+    """Return the command ``vllm`` of this Python's environment."""
+    beside = Path(sys.executable).parent / "vllm"
+    return str(beside) if beside.exists() else shutil.which("vllm") or "vllm"
+
+
+class Server:
+    """A running ``vllm serve``.
+
+    Args:
+        model: Folder.
+        log: Where its output goes.
+        arguments: What else it is told.
+    """
+
+    def __init__(self, model: Path, log: Path, *arguments: str):
+        self.port, self.log = free_port(), log
+        command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        with log.open("w") as out:
+            self.process = subprocess.Popen([*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
+
+    @property
+    def url(self) -> str:
+        """Where its OpenAI-compatible API is."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            RuntimeError: it has ended, or does not answer in time; the message ends with its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vllm serve ended:\n{self.log.read_text()[-4000:]}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        raise RuntimeError(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric over its labels, from /metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
+
+    def stop(self) -> int:
+        """Ask it to end as an operator would; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """A server that answers; gone afterwards. Arguments as for ``Server``."""
+    server = Server(model, log, *arguments)
+    try:
+        server.wait()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
