@@ -213,9 +213,9 @@ def _stored(name: str, value: torch.Tensor, storage: Storage) -> dict[str, torch
 
 
 def _loaded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return stored weights as float32."""
+    """Return stored weights as float32, in memory of their own: a file that changes changes nothing."""
     return {
-        name: value.float() * tensors[name + SCALE] if name + SCALE in tensors else value.float()
+        name: value.float() * tensors[name + SCALE] if name + SCALE in tensors else value.to(torch.float32, copy=True)
         for name, value in tensors.items()
         if not name.endswith(SCALE)
     }
