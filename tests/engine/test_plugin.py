@@ -123,8 +123,7 @@ def test_models_and_settings_that_cannot_be_served_are_refused(tmp_path: Path, s
     tiny = tiny_model(tmp_path / "tiny")
     shared = {"method": "self_exit", "head": "shared", "exit_layer": 1}
     assert "no exit heads come with this model" in refused(tiny, speculative_config={"method": "self_exit"})
-    assert "tensor and pipeline parallelism" in refused(tiny, speculative_config=shared, tensor_parallel_size=2)
-    assert "tensor and pipeline parallelism" in refused(tiny, speculative_config=shared, pipeline_parallel_size=2)
+    assert "pipeline parallelism" in refused(tiny, speculative_config=shared, pipeline_parallel_size=2)
     assert "do not generate" in refused(tiny, speculative_config=shared, runner="pooling")
     config = tiny / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "GPTNeoXForCausalLM"))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
-from vllm_earlyexit.engine.policy import Policy, build_policy
+from vllm_earlyexit.engine.policy import Decision, Policy, build_policy
+from vllm_earlyexit.engine.ranks import agreed
 from vllm_earlyexit.heads.checkpoint import load_heads
 
 logger = init_logger("vllm.earlyexit")
@@ -111,42 +112,54 @@ class SelfExitDrafter:
                 found[:] = [found[row] if found and not draft else repeat(row, draft) for row, draft in drafts]
             return found
 
-        def copy(counts: Mapping[int, int]) -> None:
-            if counts:
-                frontier.copy({row: found[row].tokens[:count] for row, count in counts.items()})
+        def copies(counts: Mapping[int, int]) -> dict[int, Sequence[int]]:
+            return {row: found[row].tokens[:count] for row, count in counts.items()}
 
-        ask = self.policy.begin(frontier.num_seqs, lookup)
-        copy(self.policy.copied)
-        if ask and self.silent < SILENT:
-            self._ask(frontier, previous(), kv_context)
-            copy(self.policy.append(lookup))
+        def begin() -> tuple[bool, int, dict[int, Sequence[int]]]:
+            ask = self.policy.begin(frontier.num_seqs, lookup)
+            return ask and self.silent < SILENT, self.policy.exit, copies(self.policy.copied)
+
+        ask, exit_, copied = agreed(begin)
+        frontier.copy(copied)
+        if ask:
+            self._ask(frontier, exit_, previous(), kv_context)
+            frontier.copy(agreed(lambda: copies(self.policy.append(lookup))))
         return frontier.drafts()
 
-    def _ask(self, frontier: Frontier, previous: torch.Tensor, kv_context: KVContext) -> None:
-        """Draft with the heads until every sequence has stopped."""
+    def _ask(self, frontier: Frontier, exit_: int, previous: torch.Tensor, kv_context: KVContext) -> None:
+        """Draft from an exit, and perhaps later ones, until every sequence has stopped; for ``previous`` see above."""
         while (step := frontier.step) is not None:
-            cut, before = self.policy.exit, of_rows(previous, step.rows)
+            cut, before = exit_, of_rows(previous, step.rows)
             with kv_context(step.rows, None, step.positions):
                 at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
                 asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
             frontier.keep(at_cut.tensors, cut)
-            decision = self.policy.decide(step.rows, asked.entropy, cut)
-            features, tokens, keep = asked.features, asked.token_ids, decision.keep & self._said(asked)
+            tokens, decision = self._decide(step.rows, asked, cut)
+            features, keep = asked.features, decision.keep
             unsure = None
             while decision.deeper is not None and bool(decision.deeper.any()):
                 deeper = decision.deeper.nonzero().squeeze(-1)
                 unsure = deeper if unsure is None else unsure[deeper]
                 asked = self._lift(frontier, step.rows[unsure], cut, before[unsure], kv_context)
                 cut += 1
-                decision = self.policy.decide(step.rows[unsure], asked.entropy, cut)
+                instead, decision = self._decide(step.rows[unsure], asked, cut)
                 features = features.index_copy(0, unsure, asked.features)
-                tokens = tokens.index_copy(0, unsure, asked.token_ids)
-                keep = keep.index_copy(0, unsure, decision.keep & self._said(asked))
+                tokens = tokens.index_copy(0, unsure, instead)
+                keep = keep.index_copy(0, unsure, decision.keep)
             previous.index_copy_(0, step.rows, features)
             frontier.advance(tokens, keep)
             if not decision.go_on:
                 break
+
+    def _decide(self, rows: torch.Tensor, asked: Asked, cut: int) -> tuple[torch.Tensor, Decision]:
+        """Return what is drafted for some sequences after a head was asked, int64 [n], and what to do with it."""
+
+        def decide() -> tuple[torch.Tensor, Decision]:
+            decision = self.policy.decide(rows, asked.entropy, cut)
+            return asked.token_ids, replace(decision, keep=decision.keep & self._said(asked))
+
+        return agreed(decide)
 
     def _said(self, asked: Asked) -> torch.Tensor:
         """Return of which tokens a head said something, bool [n]; where its logits are not numbers, drafts end."""

@@ -156,6 +156,8 @@ class Frontier:
 
     def copy(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Draft these tokens for some sequences behind what they have drafted, and take them out of the round."""
+        if not drafts:
+            return
         for row, tokens in drafts.items():
             self._tokens[row] += tokens
         self._go_on([row for row in self._rows if row not in drafts])

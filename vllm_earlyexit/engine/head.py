@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from vllm_earlyexit.engine.models import decoder_stack
+from vllm_earlyexit.engine.ranks import gathered, own_part, rows_of
 from vllm_earlyexit.heads.checkpoint import as_int8
 from vllm_earlyexit.heads.modules import Context
 from vllm_earlyexit.heads.uncertainty import entropy
@@ -83,8 +84,8 @@ class PagedLastLayer:
         attention = self.layer.self_attn
         qkv, _ = attention.qkv_proj(normed)
         _, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
-        query, key = attention.rotary_emb(self.positions, query, key)
-        return attention.attn(query, key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0))
+        query, key = attention.rotary_emb(self.positions, own_part(query, attention.q_size), key)
+        return gathered(attention.attn(query, key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0)))
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,11 @@ class DraftVocab:
         """Return the draft vocabulary of a loaded vLLM model; None for the full one."""
         if token_ids is None:
             return None
-        weight = model.lm_head.weight
+        weight, shard = model.lm_head.weight, model.lm_head.shard_indices
         token_ids = token_ids.to(weight.device)
+        rows = rows_of(weight, shard.org_vocab_start_index, shard.num_org_elements, token_ids)
         with torch.device(weight.device), set_current_vllm_config(vllm_config):
-            return DraftVocab(token_ids, as_vllm(linear_of(weight[token_ids])))
+            return DraftVocab(token_ids, as_vllm(linear_of(rows)))
 
 
 @support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0, "previous": 0})

@@ -28,6 +28,7 @@ from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
+from vllm_earlyexit.engine.ranks import run_by_first
 from vllm_earlyexit.provenance import cpu_name
 
 logger = init_logger("vllm.earlyexit")
@@ -70,10 +71,15 @@ class SelfExitProposer:
 
         run(2)  # compiles the heads, for any number of tokens
         policy = self.drafter.policy
-        if isinstance(policy, AutoPolicy):
-            parts = measured(self._times_file(longest), run, longest)
+
+        def take_times(on_all: Callable[[int], list[float]]) -> None:
+            assert isinstance(policy, AutoPolicy)
+            parts = measured(self._times_file(longest), on_all, longest)
             policy.times = [parts.of_exit(number) for number in range(len(self.drafter.exits))]
             logger.info("self-exit: seconds per step part: %s", policy.times)
+
+        if isinstance(policy, AutoPolicy):
+            run_by_first(take_times, run)
 
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""

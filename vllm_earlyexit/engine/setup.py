@@ -10,8 +10,8 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.plugin import ACTIVE_VARIABLE, METHOD, version_problem
 
 REFUSED: dict[str, Callable[[Any, Any], bool]] = {
-    "tensor and pipeline parallelism are not supported yet; serve with one rank": lambda model, parallel: (
-        parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
+    "pipeline parallelism is not supported; use tensor parallelism": lambda model, parallel: (
+        parallel.pipeline_parallel_size > 1
     ),
     "context parallelism is not supported; turn it off": lambda model, parallel: (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
