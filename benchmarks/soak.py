@@ -11,6 +11,7 @@ says whether that is where the full model's two best logits are within 1e-3.
 import argparse
 import json
 import random
+import resource
 import tempfile
 import threading
 import time
@@ -101,17 +102,19 @@ def one_request(client: OpenAI, plain: Plain, dice: random.Random, seen: Traffic
         seen.failed.append(f"{kind}: {type(error).__name__}: {error}")
 
 
-def memory(pid: int) -> int:
-    """Return the resident bytes of a process and all its children, on Linux."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+def memory(pid: int) -> Counter[str]:
+    """Return the resident bytes of a process and all its children, by their names; on Linux."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096 + sum(memory(int(child)) for child in children)
+    found = Counter({Path(f"/proc/{pid}/comm").read_text().strip(): pages * resource.getpagesize()})
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += memory(int(child))
+    return found
 
 
 def traffic(server: Server, plain: Plain, minutes: float, clients: int, seed: int) -> dict[str, Any]:
     """Let clients ask until the time is up; return what was seen."""
     seen, until = Traffic(), time.monotonic() + 60 * minutes
-    samples: list[int] = []
+    samples: list[Counter[str]] = []
 
     def customer(number: int) -> None:
         client = OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0)
@@ -134,19 +137,20 @@ def traffic(server: Server, plain: Plain, minutes: float, clients: int, seed: in
             break
         time.sleep(1)
     warm = samples[int(WARM_UP * len(samples))]
-    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
     return {
         "requests": dict(seen.asked),
         "failed": seen.failed[:20],
         "parted": seen.parted,
         "preemptions": server.metric("vllm:num_preemptions_total"),
-        "drafted": drafted,
+        "drafted": server.metric("vllm:spec_decode_num_draft_tokens_total"),
         "accepted": server.metric("vllm:spec_decode_num_accepted_tokens_total"),
         "requests_left": left,
         "kv_cache_usage_at_end": server.metric("vllm:kv_cache_usage_perc"),
-        "memory_after_warm_up": warm,
-        "memory_at_end": samples[-1],
-        "memory_most_after_warm_up": max(samples[int(WARM_UP * len(samples)) :]),
+        "memory_after_warm_up": warm.total(),
+        "memory_at_end": samples[-1].total(),
+        "megabytes_over_time": [
+            {name: round(size / 1e6) for name, size in one.items()} for one in samples[:: max(1, len(samples) // 20)]
+        ],
     }
 
 
