@@ -69,16 +69,20 @@ class Server:
                 time.sleep(1)
         raise RuntimeError(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
 
-    def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels, from /metrics."""
+    def metric(self, name: str, label: str = "") -> float:
+        """Return the sum of a metric over its labels, or over those with ``label``, from /metrics."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as page:
-            lines = page.read().decode().splitlines()
+            lines = [line for line in page.read().decode().splitlines() if label in line]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
 
     def stop(self) -> int:
-        """Ask it to end as an operator would; return its exit code."""
+        """Ask it to end as an operator would; return its exit code, below 0 if it had to be killed."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        try:
+            return self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 @contextmanager
@@ -90,5 +94,4 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
         yield server
     finally:
         if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
+            server.stop()  # killed, it would leave its worker behind

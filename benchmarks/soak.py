@@ -29,7 +29,7 @@ from benchmarks.servers import Server, serving
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
-NAME, LONGEST, NEAR_TIE = "soak", 96, 1e-3
+NAME, PLAIN, LONGEST, NEAR_TIE = "soak", "plain", 96, 1e-3
 WARM_UP = 0.25
 """Share of the time after which memory is compared with its end."""
 SCHEMA = {
@@ -183,6 +183,7 @@ def soak(model: Path, prompts: list[str], minutes: float, clients: int, policy: 
             answers = pool.map(lambda prompt: greedy(client, prompt, LONGEST), prompts)
             plain = dict(zip(prompts, answers, strict=True))
         drafting = ("--speculative-model", "[self-exit]", "--speculative-config", json.dumps({"policy": policy}))
+        drafting = () if policy == PLAIN else drafting
         tight = ("--num-gpu-blocks-override", "64", "--block-size", "32", "--max-num-batched-tokens", "256")
         with serving(model, Path(folder) / "server.log", *FLAGS, *tight, *drafting) as server:
             found = traffic(server, plain, minutes, clients, seed)
@@ -211,7 +212,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with turns; the first turn is asked.")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--policy", default="entropy", help="The policy auto hardly drafts under such load.")
+    parser.add_argument(
+        "--policy", default="entropy", help="auto hardly drafts under such load; 'plain': no self-exit, to compare."
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     prompts = [item["turns"][0] for item in read_records(options.prompts)]

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 
-from benchmarks.servers import Server, serving
+from benchmarks.servers import serving
 from tests.e2e.test_serve import FLAGS, ask
 from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.heads.checkpoint import load_heads
 from vllm_earlyexit.heads.fingerprint import fingerprint
 
 
-def engine_of(server: Server) -> int:
-    """Return the process in which a server's engine and its worker run."""
-    for child in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split():
-        if "EngineCore" in Path(f"/proc/{child}/comm").read_text() + Path(f"/proc/{child}/cmdline").read_text():
-            return int(child)
-    raise AssertionError("the server has no engine process")
+def processes(pid: int) -> dict[int, str]:
+    """Return all processes below one, and their names."""
+    found = {}
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        found |= {child: Path(f"/proc/{child}/cmdline").read_text()} | processes(child)
+    return found
 
 
 def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[str], tmp_path: Path):
@@ -45,6 +45,12 @@ def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[s
             lost = [pool.submit(ask, client, prompt, stream=False, **endless) for prompt in prompts[:4]]
             while server.metric("vllm:spec_decode_num_draft_tokens_total") < 2 * drafted + 40:
                 time.sleep(0.2)
-            os.kill(engine_of(server), signal.SIGKILL)
+            below = processes(server.process.pid)
+            (worker,) = (pid for pid, name in below.items() if "Worker" in name)
+            os.kill(worker, signal.SIGKILL)
             assert all(isinstance(one.exception(timeout=120), OpenAIError) for one in lost), "clients are told"
         server.process.wait(timeout=120)  # vLLM ends the server; whoever watches it starts it again
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in below):
+        assert time.monotonic() < deadline, "something is left of it"
+        time.sleep(0.5)

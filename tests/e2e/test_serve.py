@@ -1,5 +1,6 @@
 """``vllm serve`` with self-exit, asked by a real OpenAI client."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,12 +30,13 @@ FLAGS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 
+DRAFTING = ("--speculative-model", "[self-exit]", "--speculative-config", '{"policy": "entropy"}')
+"""The policy auto, the default, need not draft on a machine where that does not pay."""
+
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    # The policy auto, the default, need not draft on a machine where that does not pay.
-    drafting = ("--speculative-model", "[self-exit]", "--speculative-config", '{"policy": "entropy"}')
-    with serving(smollm2, tmp_path_factory.mktemp("serve") / "server.log", *FLAGS, *drafting) as running:
+    with serving(smollm2, tmp_path_factory.mktemp("serve") / "server.log", *FLAGS, *DRAFTING) as running:
         yield running
 
 
@@ -71,10 +73,19 @@ def answers(server: Server, prompts: list[str]) -> tuple[list[str], list[tuple[s
         return [text.result() for text in texts], [one.result() for one in calls]
 
 
-def test_a_server_answers_what_a_plain_one_answers(server: Server, smollm2: Path, tmp_path: Path, prompts: list[str]):
+def test_a_server_answers_what_a_plain_one_answers(
+    server: Server, smollm2: Path, tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """So do two replicas behind one address."""
     found = answers(server, prompts)
     with serving(smollm2, tmp_path / "plain.log", *FLAGS) as plain:
         assert found == answers(plain, prompts)
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    with serving(smollm2, tmp_path / "replicas.log", *FLAGS, *DRAFTING, "--data-parallel-size", "2") as replicas:
+        assert found == answers(replicas, prompts)
+        drafted = [replicas.metric("vllm:spec_decode_num_draft_tokens_total", f'engine="{n}"') for n in (0, 1)]
+        assert min(drafted) > 0, "both draft"
     assert all(name == "weather" and arguments for name, arguments in found[1])
 
 
