@@ -25,11 +25,12 @@ from openai import OpenAI
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.near_ties import NearTies
 from benchmarks.servers import Server, serving
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
-NAME, PLAIN, LONGEST, NEAR_TIE = "soak", "plain", 96, 1e-3
+NAME, PLAIN, LONGEST = "soak", "plain", 96
 WARM_UP = 0.25
 """Share of the time after which memory is compared with its end."""
 SCHEMA = {
@@ -48,7 +49,7 @@ class Traffic:
 
     Attributes:
         asked: Requests by kind.
-        parted: Prompts, lengths and tokens of greedy answers that were not plain vLLM's.
+        parted: Prompts and tokens of greedy answers that were not plain vLLM's.
         failed: What went wrong otherwise, in words.
     """
 
@@ -111,13 +112,18 @@ def memory(pid: int) -> Counter[str]:
     return found
 
 
+def client_of(server: Server) -> OpenAI:
+    """Return a client of a server."""
+    return OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0)
+
+
 def traffic(server: Server, plain: Plain, minutes: float, clients: int, seed: int) -> dict[str, Any]:
     """Let clients ask until the time is up; return what was seen."""
     seen, until = Traffic(), time.monotonic() + 60 * minutes
     samples: list[Counter[str]] = []
 
     def customer(number: int) -> None:
-        client = OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0)
+        client = client_of(server)
         dice = random.Random(f"{seed} {number}")
         while time.monotonic() < until:
             one_request(client, plain, dice, seen)
@@ -154,55 +160,29 @@ def traffic(server: Server, plain: Plain, minutes: float, clients: int, seed: in
     }
 
 
-def near_ties(model: Path, plain: Plain, parted: list[tuple[str, list[int]]]) -> int:
-    """Return at how many of the greedy answers that parted the full model was all but undecided where they did."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer, known = AutoTokenizer.from_pretrained(model), 0
-    full: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for prompt, tokens in parted:
-        pairs = zip(tokens, plain[prompt], strict=False)
-        same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-        if same is None:  # one is cut short
-            continue
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        with torch.no_grad():
-            best = full(torch.tensor([ids + tokens[:same]])).logits[0, -1].topk(2)
-        undecided = float(best.values[0] - best.values[1]) <= NEAR_TIE
-        known += undecided and {tokens[same], plain[prompt][same]} == set(best.indices.tolist())
-    return known
-
-
 def soak(model: Path, prompts: list[str], minutes: float, clients: int, policy: str, seed: int = 0) -> dict[str, Any]:
     """Answer ``prompts`` with a plain server, then let clients soak a self-exit server; return what was seen."""
     with tempfile.TemporaryDirectory() as folder:
         with serving(model, Path(folder) / "plain.log", *FLAGS) as server, ThreadPoolExecutor(8) as pool:
-            client = OpenAI(base_url=server.url, api_key="none", timeout=600)
+            client = client_of(server)
             answers = pool.map(lambda prompt: greedy(client, prompt, LONGEST), prompts)
             plain = dict(zip(prompts, answers, strict=True))
-        drafting = ("--speculative-model", "[self-exit]", "--speculative-config", json.dumps({"policy": policy}))
-        drafting = () if policy == PLAIN else drafting
+        ours = ("--speculative-model", "[self-exit]", "--speculative-config", json.dumps({"policy": policy}))
+        drafting = () if policy == PLAIN else ours
         tight = ("--num-gpu-blocks-override", "64", "--block-size", "32", "--max-num-batched-tokens", "256")
         with serving(model, Path(folder) / "server.log", *FLAGS, *tight, *drafting) as server:
             found = traffic(server, plain, minutes, clients, seed)
             again = {prompt: greedy(client_of(server), prompt, LONGEST) for prompt in prompts[:4]}
             found["parted"] += [(p, tokens) for p, tokens in again.items() if tokens != plain[p]]
             found["exit_code"] = server.stop()
-    parted = found.pop("parted")
+    parted, judge = found.pop("parted"), NearTies(model)
     return found | {
         "minutes": minutes,
         "clients": clients,
         "policy": policy,
         "greedy_parted": len(parted),
-        "greedy_parted_at_near_ties": near_ties(model, plain, parted) if parted else 0,
+        "greedy_parted_at_near_ties": sum(judge.excuses(prompt, tokens, plain[prompt]) for prompt, tokens in parted),
     }
-
-
-def client_of(server: Server) -> OpenAI:
-    """Return a client of a server."""
-    return OpenAI(base_url=server.url, api_key="none", timeout=600)
 
 
 def main() -> None:

@@ -134,21 +134,14 @@ def to_the_last_position(llm: LLM, prompts: list[str]) -> Any:
 
 
 def short_answers(llm: LLM, prompts: list[Any]) -> list[Any]:
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
 
 
 def with_resets(llm: LLM, prompts: list[str]) -> Any:
     answers = []
     for _ in range(3):
-        answers.append(
-            [
-                o.outputs[0].token_ids
-                for o in llm.generate(
-                    chat_ids(llm, prompts), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False
-                )
-            ]
-        )
+        answers.append(short_answers(llm, chat_ids(llm, prompts)))
         assert llm.reset_prefix_cache()
         assert len(pool_of(llm).cached_block_hash_to_block) == 0
     return answers
@@ -158,10 +151,7 @@ def paused(llm: LLM, prompts: list[str]) -> Any:
     """Level 0 stops scheduling, without offloading anything."""
     llm.sleep(level=0)
     llm.wake_up(tags=["scheduling"])
-    return [
-        o.outputs[0].token_ids
-        for o in llm.generate(chat_ids(llm, prompts), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
-    ]
+    return short_answers(llm, chat_ids(llm, prompts))
 
 
 def beams(llm: LLM, prompts: list[str]) -> Any:
@@ -176,10 +166,7 @@ def from_embeddings(llm: LLM, prompts: list[str]) -> Any:
     embed = runner_of(llm).model.embed_input_ids
     ids = chat_ids(llm, prompts)
     mixed = [{"prompt_embeds": embed(torch.tensor(ids[0]["prompt_token_ids"])).detach()}, *ids[1:3]]
-    return [
-        o.outputs[0].token_ids
-        for o in llm.generate(mixed, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-    ]
+    return short_answers(llm, mixed)
 
 
 WORK: dict[str, Callable[[LLM, list[str]], Any]] = {
