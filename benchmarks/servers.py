@@ -69,10 +69,14 @@ class Server:
                 time.sleep(1)
         raise RuntimeError(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
 
+    def metrics(self) -> str:
+        """Return the text of its /metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as page:
+            return page.read().decode()
+
     def metric(self, name: str, label: str = "") -> float:
         """Return the sum of a metric over its labels, or over those with ``label``, from /metrics."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as page:
-            lines = [line for line in page.read().decode().splitlines() if label in line]
+        lines = [line for line in self.metrics().splitlines() if label in line]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
 
     def stop(self) -> int:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+import httpx
+from openai import DefaultHttpxClient, OpenAI
 from rich.console import Console
 from rich.progress import Progress
 
@@ -113,8 +114,12 @@ def memory(pid: int) -> Counter[str]:
 
 
 def client_of(server: Server) -> OpenAI:
-    """Return a client of a server."""
-    return OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0)
+    """Return a client of a server that tries everything once.
+
+    Every request has a connection of its own: the server closes idle ones, perhaps while a request is on its way.
+    """
+    alone = DefaultHttpxClient(limits=httpx.Limits(max_keepalive_connections=0))
+    return OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0, http_client=alone)
 
 
 def traffic(server: Server, plain: Plain, minutes: float, clients: int, seed: int) -> dict[str, Any]:

@@ -13,6 +13,28 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core i
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 BUILD = Path(__file__).parents[1] / "build"
+MATRIX = {"small": 0, "usual": 1, "full": 2}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much is tried of what comes in many combinations."""
+    parser.addoption("--matrix", choices=MATRIX, default="usual", help="how many combinations are tried")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked for a fuller matrix."""
+    chosen = MATRIX[config.getoption("matrix")]
+    left_out = [
+        item for item in items if chosen < max((MATRIX[m.args[0]] for m in item.iter_markers("matrix")), default=0)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def matrix(request: pytest.FixtureRequest) -> str:
+    """How many combinations are tried: small, usual or full."""
+    return request.config.getoption("matrix")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ class EarlyExitConfig:
         entropy_thresholds: Nats, one for each exit; the entropy policy drafts a token whose entropy is at most this.
         prompt_lookup: Whether the auto policy may copy from a sequence's own text instead of drafting.
         head_shape: What of the heads shapes their compiled graphs.
+        counters: Folder in which workers count what vLLM does not; see ``engine.counters``.
     """
 
     heads: str | None
@@ -79,6 +80,7 @@ class EarlyExitConfig:
     entropy_thresholds: tuple[float, ...] = ()
     prompt_lookup: bool = False
     head_shape: str = "shared"
+    counters: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy, as it travels to vLLM's processes."""

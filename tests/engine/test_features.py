@@ -34,6 +34,12 @@ def assert_same(model: Path, ids: list[list[int]], setting: dict[str, Any], **ar
     assert counted["draft_tokens"] > counted["accepted_tokens"] > 0
 
 
+def silent_tokens(llm: Any) -> int:
+    """What the metrics page shows of heads that say nothing, all engines of this process together."""
+    (metric,) = (m for m in llm.get_metrics() if m.name == "vllm:self_exit_silent_tokens")
+    return metric.value
+
+
 @pytest.fixture(scope="module")
 def random_ids() -> list[list[int]]:
     made = torch.Generator().manual_seed(0)
@@ -127,7 +133,7 @@ def test_a_head_that_breaks_stops_drafting_and_nothing_else(smollm2: Path, text_
     prompts: list[Any] = [{"prompt_token_ids": one} for one in text_ids]
     expected, _ = ask(smollm2, text_ids)
     with engine(smollm2, skip_tokenizer_init=True, speculative_config=FIXED) as llm:
-        drafter = runner_of(llm).drafter.drafter
+        drafter, counted = runner_of(llm).drafter.drafter, silent_tokens(llm)
         assert [list(o.outputs[0].token_ids) for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
         drafted = counters(llm)["draft_tokens"]
         for parameter in drafter.exits[0].head.exit._module.parameters():
@@ -136,3 +142,4 @@ def test_a_head_that_breaks_stops_drafting_and_nothing_else(smollm2: Path, text_
             assert [list(o.outputs[0].token_ids) for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
         assert counters(llm)["draft_tokens"] == drafted > 0
         assert 64 <= drafter.silent < 64 + len(text_ids)
+        assert silent_tokens(llm) == counted + drafter.silent

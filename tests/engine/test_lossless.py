@@ -10,13 +10,14 @@ import pytest
 
 from tests.engine.conftest import counters, engine, runner_of
 from tests.engine.heads import LADDER, random_heads
-from tests.engine.reference import Reference, answer
+from tests.engine.reference import FEW, Reference, answer
 from vllm_earlyexit.engine.cost import StepTimes
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.policy import Copy
 
 CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
 EXCUSES = 1 / 50
+FULL = pytest.mark.matrix("full")
 SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)] + [("auto", 4)]
 
 
@@ -34,16 +35,23 @@ def draft_from_each_exit_in_turn(policy: Any) -> None:
     policy.begin = begin_elsewhere
 
 
+@pytest.fixture(scope="session")
+def few(matrix: str) -> int | None:
+    """How many prompts are also answered one at a time, which takes longest: all of them in the full matrix."""
+    return None if matrix == "full" else FEW
+
+
 @pytest.mark.parametrize(("policy", "length"), SETTINGS)
-def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, ladder: str, policy: str, length: int):
+def test_greedy_outputs_are_identical(
+    smollm2: Path, plain: Reference, ladder: str, few: int | None, policy: str, length: int
+):
     setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": length}
     if policy == "auto":
         setting["model"] = ladder
     with engine(smollm2, speculative_config=setting) as llm:
         if policy == "auto":
             draft_from_each_exit_in_turn(runner_of(llm).drafter.drafter.policy)
-        for batch_size in (8, 1):
-            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        plain.check_all(llm, alone=None if length == 3 else few)
         counted = counters(llm)
     assert counted["accepted_tokens"] > 0, "nothing was accepted, so nothing was shown"
     assert counted["draft_tokens"] > counted["accepted_tokens"], "nothing was rejected, so nothing was shown"
@@ -51,7 +59,7 @@ def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, ladder: s
         assert counted["draft_tokens"] > 2 * counted["drafts"]
 
 
-def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
+def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladder: str, few: int | None):
     """Tokens that are unsure at the first exit are taken on to the second one with all that is pending."""
     setting = {"method": "self_exit", "model": ladder, "policy": "entropy", "num_speculative_tokens": 4}
     with engine(smollm2, speculative_config=setting | {"target_accuracy": 0.8, "exit_layer": LADDER}) as llm:
@@ -64,13 +72,12 @@ def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladd
             return lift(*arguments)
 
         drafter._lift = counting
-        for batch_size in (8, 1):
-            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        plain.check_all(llm, alone=few)
         assert counters(llm)["accepted_tokens"] > 0
     assert lifted > 100
 
 
-def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
+def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, ladder: str, few: int | None):
     """Whatever that is worth, sequences are copied beside others that are drafted for, and behind what was drafted."""
     setting = {"method": "self_exit", "model": ladder, "policy": "auto"}
     with engine(smollm2, speculative_config=setting) as llm:
@@ -88,8 +95,7 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, l
             return found
 
         policy._worth_copying = copy_all
-        for batch_size in (8, 1):
-            plain.check(answer(llm, plain.prompts, batch_size), batch_size)
+        plain.check_all(llm, alone=few)
         counted = counters(llm)
     assert len(copied) > 100
     assert sum(copy.behind > 0 for copy in copied) > 20
@@ -97,11 +103,40 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, l
     assert counted["drafts"] > len(copied), "heads drafted as well"
 
 
-def test_small_prefill_chunks_and_no_prefix_cache(smollm2: Path, plain: Reference):
-    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
-    chunks = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
+@pytest.mark.parametrize(
+    ("policy", "budget", "caching"),
+    [
+        ("fixed", 48, False),
+        *(
+            pytest.param(*rest, marks=FULL)
+            for rest in itertools.product(("fixed", "entropy"), (16, 100), (False, True))
+        ),
+    ],
+)
+def test_prompts_in_chunks_with_and_without_prefix_cache(
+    smollm2: Path, plain: Reference, policy: str, budget: int, caching: bool
+):
+    setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": 3}
+    chunks = {"max_num_batched_tokens": budget, "enable_prefix_caching": caching}
     with engine(smollm2, speculative_config=setting, **chunks) as llm:
         plain.check(answer(llm, plain.prompts, 8), 8)
+        assert counters(llm)["accepted_tokens"] > 0
+
+
+@FULL
+@pytest.mark.parametrize("policy", ["fixed", "entropy", "auto"])
+def test_compiled_models(smollm2: Path, plain: Reference, ladder: str, policy: str):
+    """Segments and heads are compiled; plain vLLM stays eager, which in float32 hardly matters."""
+    setting = {
+        "method": "self_exit",
+        "policy": policy,
+        "model": ladder,
+        "exit_layer": LADDER if policy == "auto" else 4,
+    }
+    with engine(smollm2, speculative_config=setting | {"num_speculative_tokens": 3}, enforce_eager=False) as llm:
+        if policy == "auto":
+            draft_from_each_exit_in_turn(runner_of(llm).drafter.drafter.policy)
+        plain.check_all(llm)
         assert counters(llm)["accepted_tokens"] > 0
 
 

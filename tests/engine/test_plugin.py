@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from tests.engine.conftest import engine, runner_of
 from tests.engine.tiny import tiny_model
+from vllm_earlyexit.config import CONFIG_KEY, EarlyExitConfig
 from vllm_earlyexit.engine import seams
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.plugin import ACTIVE_VARIABLE, register
@@ -129,6 +131,24 @@ def test_models_and_settings_that_cannot_be_served_are_refused(tmp_path: Path, s
     config.write_text(config.read_text().replace("LlamaForCausalLM", "GPTNeoXForCausalLM"))
     message = refused(tiny, speculative_config=shared)
     assert "GPTNeoXForCausalLM is not supported; supported are LlamaForCausalLM, Qwen2ForCausalLM" in message
+
+
+def test_what_workers_on_other_machines_need_travels_with_ray(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
+    """On CPUs vLLM has no Ray executor ("current platform cpu does not support ray"), so none is started here."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    monkeypatch.delenv(ACTIVE_VARIABLE, raising=False)
+    try:
+        config = EngineArgs(str(smollm2), speculative_config={"method": "self_exit"}).create_engine_config()
+        assert ACTIVE_VARIABLE in get_env_vars_to_copy(), "it makes workers apply the seams"
+        arrived = cloudpickle.loads(cloudpickle.dumps(config))
+    finally:
+        seams.remove("engine")
+    assert EarlyExitConfig(**arrived.additional_config[CONFIG_KEY]) == EarlyExitConfig(
+        **config.additional_config[CONFIG_KEY]
+    )
+    assert arrived.model_config.architecture == "ExitLlamaForCausalLM"
 
 
 def test_another_vllm_version_is_refused(smollm2: Path, monkeypatch: pytest.MonkeyPatch):

@@ -123,9 +123,9 @@ def plain(smollm2: Path, prompts: list[str]) -> Answers:
     return answer(smollm2, prompts[:2])
 
 
-@pytest.fixture(scope="module")
-def ours(smollm2: Path, prompts: list[str]) -> Answers:
-    setting = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+@pytest.fixture(scope="module", params=["fixed", pytest.param("entropy", marks=pytest.mark.matrix("full"))])
+def ours(smollm2: Path, prompts: list[str], request: pytest.FixtureRequest) -> Answers:
+    setting = {"method": "self_exit", "policy": request.param, "num_speculative_tokens": 3}
     return answer(smollm2, prompts[:2], speculative_config=setting)
 
 

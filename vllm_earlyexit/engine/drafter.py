@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
+from vllm_earlyexit.engine.counters import SILENT_TOKENS, Counters
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.lookup import Repeat
@@ -85,6 +86,7 @@ class SelfExitDrafter:
         self._prompt_lookup = config.prompt_lookup
         self.silent = 0
         """Tokens about which a head's logits were not numbers."""
+        self._counters = Counters(config.counters)
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
 
     def draft(
@@ -172,6 +174,7 @@ class SelfExitDrafter:
                 SILENT,
             )
         self.silent += silent
+        self._counters.add(SILENT_TOKENS, silent)
         return said
 
     def _lift(

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, Knobs, knobs_from, resolve
-from vllm_earlyexit.engine import seams
+from vllm_earlyexit.engine import counters, seams
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.plugin import ACTIVE_VARIABLE, METHOD, version_problem
 
@@ -57,6 +58,7 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
     _refuse_unsupported(model_config, parallel_config)
     architecture = models.PREFIX + models.plain_architecture(model_config.architectures)
     config = resolve(knobs, model_config.model, model_config.revision, engine_args.download_dir)
+    config = replace(config, counters=counters.folder())
 
     os.environ[ACTIVE_VARIABLE] = "1"
     seams.apply("engine")

@@ -1,0 +1,58 @@
+"""Counts that a worker makes and its server's metrics page shows.
+
+vLLM's own metrics come from its scheduler; what only a worker sees has no way to them. prometheus_client has one for
+servers of several processes: each writes into files of one folder, and the page adds them up.
+"""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+
+PREFIX = "vllm:self_exit_"
+SILENT_TOKENS = "silent_tokens"
+MEANING = {SILENT_TOKENS: "Tokens about which exit heads said nothing, because their logits were not numbers."}
+VLLM_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set where vLLM, or its user, has such a folder already
+
+
+def folder() -> str:
+    """Return the folder whose counts this process's metrics page shows."""
+    return os.environ.get(VLLM_FOLDER) or _own_folder().name
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is gone when this process is."""
+    made = tempfile.TemporaryDirectory(prefix="vllm-earlyexit-")
+    MultiProcessCollector(REGISTRY, made.name)
+    return made
+
+
+class Counters:
+    """This process's counts, zero at first.
+
+    Args:
+        where: What ``folder`` returned in the server's process. On another machine, where there is no such folder,
+            nothing is counted.
+    """
+
+    def __init__(self, where: str):
+        self._file = _file(Path(where) / f"counter_selfexit{os.getpid()}.db") if Path(where).is_dir() else None
+        for name in MEANING:
+            self.add(name, 0)
+
+    def add(self, name: str, count: int) -> None:
+        """Count some more of what ``MEANING`` names."""
+        if self._file is not None:
+            key = mmap_key(PREFIX + name, f"{PREFIX}{name}_total", [], [], MEANING[name])
+            self._file.write_value(key, self._file.read_value(key)[0] + count, 0.0)
+
+
+@functools.cache
+def _file(path: Path) -> MmapedDict:
+    """Open a file of counts once; engines that follow one another in a process go on counting."""
+    return MmapedDict(str(path))
