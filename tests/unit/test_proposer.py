@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.runner_v1 import Round, SelfExitProposer
+from vllm_earlyexit.engine.rounds import Round, SelfExit, Verified
 
 
 class Listener:
@@ -32,12 +32,12 @@ class Listener:
 )
 def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before: str, now: str, told: list[Any]):
     requests = {name: object() for name in "ab"}
-    runner = SimpleNamespace(requests=requests, input_batch=SimpleNamespace(req_ids=list(now)))
     policy = Listener()
-    proposer = SelfExitProposer.__new__(SelfExitProposer)
-    proposer.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
+    ours = SelfExit.__new__(SelfExit)
+    ours.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
     places = [0] * len(before)
     rows = {id(requests[name]): row for row, name in enumerate(before)}
-    proposer._verifying = Round(Frontier(places, places, places, "cpu"), rows, [], []) if before else None
-    proposer._learn(runner, [[5, 6], [7, 8, 9]][: len(now)], [3, 2][: len(now)])
+    ours._verifying = Round(Frontier(places, places, places, "cpu"), rows, []) if before else None
+    batch = [requests[name] for name in now]
+    ours.learn([Verified(request, *of) for request, of in zip(batch, [(3, 1), (2, 2)], strict=False)], batch)
     assert policy.told == told

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_earlyexit.engine.drafter import Pending
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.runner_v1 import Round, SelfExitProposer
+from vllm_earlyexit.engine.rounds import Round, Sampled
+from vllm_earlyexit.engine.runner_v1 import SelfExitProposer
 
 LONGEST, VOCAB, LENGTH = 4, 3, 24
 
@@ -100,7 +101,12 @@ class Engine:
         edges = np.cumsum([0, *map(len, fed)])
         requests = {request.name: request for request in self.live}
         return SimpleNamespace(
-            input_batch=input_batch, requests=requests, query_start_loc=SimpleNamespace(np=edges), lora_config=None
+            input_batch=input_batch,
+            requests=requests,
+            query_start_loc=SimpleNamespace(np=edges),
+            lora_config=None,
+            device="cpu",
+            attn_groups=[],
         )
 
     def check(self, batch: list[Request], fed: list[list[int]]) -> None:
@@ -155,7 +161,11 @@ class Engine:
         for request, draft in zip(drafting, frontier.drafts(), strict=True):
             request.draft = draft
         rows = {id(request): row for row, request in enumerate(drafting)}
-        self.proposer._round = Round(frontier, rows, list(drafting), places)
+        sampled = [
+            Sampled(row, request, request.tokens[-1], place, limit)
+            for row, (request, place, limit) in enumerate(zip(drafting, places, limits, strict=True))
+        ]
+        self.proposer._round = Round(frontier, rows, sampled)
 
 
 @settings(max_examples=150, deadline=None)

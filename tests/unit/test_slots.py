@@ -1,6 +1,6 @@
 import torch
 
-from vllm_earlyexit.engine.runner_v1 import slots_of
+from vllm_earlyexit.engine.rounds import slots_of
 
 
 def test_slots_follow_the_block_table():

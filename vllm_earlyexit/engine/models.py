@@ -143,6 +143,9 @@ class ExitMixin:
     """What ``with_exits`` adds to a model class."""
 
     _segments: tuple[Segment, ...] = ()
+    resume: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor | None] | None = None
+    """Run instead of the segments where it returns something: from a batch's token ids and positions to final hidden
+    states, [num_tokens, hidden_size]."""
 
     def segments(self, cuts: Sequence[int]) -> list[Segment]:
         """Return the segments between the bottom, each of ``cuts`` and the top."""
@@ -171,6 +174,8 @@ class ExitMixin:
         """Run all segments; without any, the model as it was."""
         if not self._segments:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        if self.resume is not None and (resumed := self.resume(input_ids, positions)) is not None:
+            return resumed
         return run_segments(
             self._segments, input_ids, positions, intermediate_tensors, inputs_embeds, at_cut=self.at_cut
         )

@@ -251,7 +251,7 @@ def _measure_when_warm(original: Callable) -> Callable:
     def compile_or_warm_up_model(self: Any) -> None:
         original(self)
         if uses_self_exit(self.speculative_config):
-            from vllm_earlyexit.engine.runner_v1 import measure
+            from vllm_earlyexit.engine.rounds import measure
 
             self.collective_rpc(measure)
 
@@ -283,6 +283,47 @@ def _admit_as_plain(original: Callable) -> Callable:
             original(self, speculative_config)
 
     return _validate_spec_decode
+
+
+def _let_v2_serve(original: Callable) -> Callable:
+    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
+        unsupported = original(self)
+        ours = uses_self_exit(self.speculative_config)
+        return [one for one in unsupported if not (ours and one == "speculative method 'custom_class'")]
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def _speculate_on_v2(original: Callable) -> Callable:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not uses_self_exit(vllm_config.speculative_config):
+            return original(vllm_config, device, req_states)
+        from vllm_earlyexit.engine.runner_v2 import SelfExitSpeculator
+
+        return SelfExitSpeculator(vllm_config)
+
+    return init_speculator
+
+
+def _attach_on_v2(original: Callable) -> Callable:
+    def load_model(self: Any, load_dummy_weights: bool = False, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        original(self, load_dummy_weights, *args, model=model, **kwargs)
+        if uses_self_exit(self.speculative_config):
+            self.speculator.attach(self)
+
+    return load_model
+
+
+def _tell_of_batch_on_v2(original: Callable) -> Callable:
+    def prepare_inputs(
+        self: Any, scheduler_output: Any, batch_req_state: Any, batch_desc: Any, num_active_loras: Any
+    ) -> Any:
+        batch = original(self, scheduler_output, batch_req_state, batch_desc, num_active_loras)
+        if uses_self_exit(self.speculative_config):
+            self.speculator.scheduled(scheduler_output, batch)
+        return batch
+
+    return prepare_inputs
 
 
 @contextmanager
@@ -411,6 +452,42 @@ SEAMS = (
         upstream="As for _sample.",
         expects=("self", "speculative_config"),
         wrap=_admit_as_plain,
+    ),
+    Seam(
+        target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
+        stage="engine",
+        why="Model Runner V2 has no proposers of a custom class, so vLLM would use V1, which it has deprecated.",
+        how="Leaves them out of the list for self-exit; every other reason to fall back stays.",
+        upstream="A registry of V2 speculators would replace this one and the next three.",
+        expects=("self",),
+        wrap=_let_v2_serve,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:init_speculator",
+        stage="engine",
+        why="V2 knows its speculators by name.",
+        how="Makes our speculator for self-exit.",
+        upstream="See above.",
+        expects=("vllm_config", "device", "req_states"),
+        wrap=_speculate_on_v2,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
+        stage="engine",
+        why="Our speculator drafts with the target's layers, block tables and attention groups.",
+        how="Hands it the runner once the model is loaded.",
+        upstream="V2 does the same for speculators with a draft model.",
+        expects=("self", "load_dummy_weights", "args", "model", "kwargs"),
+        wrap=_attach_on_v2,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
+        stage="engine",
+        why="To resume pending tokens, a forward pass must know which request each of its tokens belongs to.",
+        how="Tells our speculator of the batch before it is run.",
+        upstream="A hook for speculators would replace it.",
+        expects=("self", "scheduler_output", "batch_req_state", "batch_desc", "num_active_loras"),
+        wrap=_tell_of_batch_on_v2,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",

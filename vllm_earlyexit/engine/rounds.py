@@ -1,0 +1,405 @@
+"""Rounds of drafting and what becomes of them: what the adapters to vLLM's model runners have in common."""
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
+from vllm_earlyexit.engine.cost import SIZES, measured
+from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
+from vllm_earlyexit.engine.frontier import Frontier, of_rows
+from vllm_earlyexit.engine.lookup import repeat_in
+from vllm_earlyexit.engine.policy import AutoPolicy
+from vllm_earlyexit.engine.ranks import run_by_first
+from vllm_earlyexit.provenance import cpu_name
+
+logger = init_logger("vllm.earlyexit")
+
+MEASURED_POSITION = 255
+
+Blocks = dict[int, torch.Tensor]
+"""Block tables of some sequences by KV cache group, each [num_seqs, max_blocks]."""
+
+
+class Runner(Protocol):
+    """What an adapter knows of its model runner. Rows are the runner's own numbers of sequences."""
+
+    device: torch.device
+    attn_groups: Sequence[Sequence[Any]]
+
+    @property
+    def block_sizes(self) -> Sequence[int]:
+        """Tokens per block, by KV cache group."""
+        ...
+
+    def blocks(self, rows: torch.Tensor) -> Blocks:
+        """Return the block tables of some rows, int64 [n]."""
+        ...
+
+    def adapters(self, rows: Callable[[], list[int]]) -> AbstractContextManager[None]:
+        """Send some tokens through the LoRA adapters of their requests; those of the whole batch are back afterwards.
+
+        Args:
+            rows: Makes the row of each token; called if there may be adapters.
+        """
+        ...
+
+    def text(self, row: int, length: int) -> np.ndarray:
+        """Return the first tokens of a row, int [length]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sequence that has just sampled.
+
+    Attributes:
+        row: The runner's.
+        request: An object that is this request's alone for as long as its KV stays where it is.
+        token: Its newest token, for which no KV is written yet.
+        position: Of that token.
+        limit: How many tokens are worth drafting.
+    """
+
+    row: int
+    request: object
+    token: int
+    position: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence of a batch that is about to run.
+
+    Attributes:
+        row: The runner's.
+        request: See ``Sampled``.
+        position: Of its first token.
+        tokens: All its tokens, int [num_tokens].
+    """
+
+    row: int
+    request: object
+    position: int
+    tokens: np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of a sequence's draft: of ``drafted`` tokens ``accepted``; nothing if its prompt is not finished."""
+
+    request: object
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of drafting whose tokens the next forward pass may find pending.
+
+    Attributes:
+        frontier: What is pending.
+        rows: Row of each request in the frontier, by the request's identity.
+        sampled: The sequences, so that requests and their identities outlive the round.
+    """
+
+    frontier: Frontier
+    rows: dict[int, int]
+    sampled: Sequence[Sampled]
+
+    def held(self, scheduled: Scheduled) -> tuple[int, int]:
+        """Return a sequence's row in the frontier and how many of its scheduled tokens are pending, possibly 0."""
+        found = self.rows.get(id(scheduled.request))
+        if found is None or scheduled.position != self.sampled[found].position:
+            return 0, 0
+        pending = self.frontier.pending(found)
+        fed = scheduled.tokens[: len(pending)].tolist()
+        same = 0
+        while same < len(fed) and fed[same] == pending[same]:
+            same += 1
+        return found, same
+
+
+class SelfExit:
+    """Self-exit speculation, whichever the model runner is.
+
+    Args:
+        vllm_config: vLLM's, with our setting in its ``additional_config``.
+    """
+
+    def __init__(self, vllm_config: VllmConfig):
+        self.vllm_config = vllm_config
+        assert isinstance(vllm_config.additional_config, AdditionalConfig)
+        self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self._round: Round | None = None
+        self._verifying: Round | None = None
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Take the loaded target model; drafting shares its weights."""
+        self.drafter = SelfExitDrafter(target_model, self.config, self.vllm_config)
+        logger.info("self-exit speculation with %s", self.config)
+
+    @torch.inference_mode()
+    def measure_on(self, runner: Runner) -> None:
+        """Compile the heads, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
+        scheduler = self.vllm_config.scheduler_config
+        longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
+        position = min(MEASURED_POSITION, self.max_model_len - 2)
+        any_blocks = runner.blocks(torch.zeros(1, dtype=torch.int64, device=runner.device))
+
+        def run(n: int) -> list[float]:
+            ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
+            positions = torch.full((n,), position, dtype=torch.int64, device=runner.device)
+            blocks = {group: torch.zeros_like(table).expand(n, -1) for group, table in any_blocks.items()}
+            with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, None, positions):
+                return self.drafter.timed(ids, positions)
+
+        run(2)  # compiles the heads, for any number of tokens
+        policy = self.drafter.policy
+
+        def take_times(on_all: Callable[[int], list[float]]) -> None:
+            assert isinstance(policy, AutoPolicy)
+            parts = measured(self._times_file(longest), on_all, longest)
+            policy.times = [parts.of_exit(number) for number in range(len(self.drafter.exits))]
+            logger.info("self-exit: seconds per step part: %s", policy.times)
+
+        if isinstance(policy, AutoPolicy):
+            run_by_first(take_times, run)
+
+    def _times_file(self, longest: int) -> Path:
+        """Return where step times are kept from start to start, on this machine and with this setting."""
+        known = [self.vllm_config.compute_hash(), SIZES, longest, cpu_name(), torch.get_num_threads()]
+        if torch.accelerator.is_available():
+            known.append(torch.get_device_module().get_device_name())
+        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        return Path(envs.VLLM_CACHE_ROOT) / "self_exit" / f"step-times-{key}.json"
+
+    def draft(
+        self, runner: Runner, sampled: Sequence[Sampled], previous: Callable[[], torch.Tensor]
+    ) -> list[list[int]]:
+        """Draft for sequences that have just sampled; return the drafted tokens of each, possibly none.
+
+        Args:
+            runner: What is known of the model runner.
+            sampled: At least one.
+            previous: Makes the final hidden states from which their newest tokens were sampled,
+                [num_seqs, hidden_size].
+        """
+        limits = [one.limit for one in sampled]
+        frontier = Frontier([one.token for one in sampled], [one.position for one in sampled], limits, runner.device)
+        rows = [one.row for one in sampled]
+
+        @functools.cache
+        def blocks() -> Blocks:
+            return runner.blocks(torch.tensor(rows, device=runner.device))
+
+        @contextmanager
+        def context(on: torch.Tensor, counts: torch.Tensor | None, at: torch.Tensor) -> Iterator[None]:
+            tables = {group: of_rows(table, on) for group, table in blocks().items()}
+
+            def owners() -> list[int]:
+                return [rows[n] for n in (on if counts is None else on.repeat_interleave(counts)).tolist()]
+
+            with runner.adapters(owners), self._kv_context(runner, tables, counts, at):
+                yield
+
+        def text(n: int, draft: Sequence[int]) -> np.ndarray:
+            tokens = runner.text(rows[n], sampled[n].position + 1)
+            return np.concatenate([tokens, np.array(draft, dtype=tokens.dtype)]) if draft else tokens
+
+        drafted = self.drafter.draft(
+            frontier, previous, context, lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft))
+        )
+        self._round = Round(frontier, {id(one.request): n for n, one in enumerate(sampled)}, sampled)
+        return drafted
+
+    def resume(
+        self,
+        runner: Runner,
+        batch: Callable[[], Sequence[Scheduled]],
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Run the model over vLLM's batch, resuming what is pending; None if nothing is.
+
+        Whatever was pending is forgotten: a request that was not scheduled, or not as it was drafted, starts anew.
+
+        Args:
+            runner: What is known of the model runner.
+            batch: Makes the batch's sequences, in its order; called if something may be pending.
+            input_ids: int32 [num_tokens]; None if tokens are given as embeddings.
+            positions: int64 [num_tokens].
+
+        Returns:
+            Hidden states after the final norm, [num_tokens, hidden_size].
+        """
+        last_round, self._round = self._round, None
+        self._verifying = last_round
+        if last_round is None or not last_round.frontier.state_shape or input_ids is None:
+            return None
+        frontier = last_round.frontier
+        owner: list[int] = []
+        passed: list[int] = []
+        places: list[tuple[int, int]] = []
+        for scheduled in batch():
+            (found, same), count = last_round.held(scheduled), len(scheduled.tokens)
+            owner += [scheduled.row] * count
+            passed += [*(1 + cut for cut in frontier.cuts(found)[:same]), *[0] * (count - same)]
+            places += [(found, column) for column in range(same)]
+        if not places:
+            return None
+
+        @contextmanager
+        def context(low: Sequence[int]) -> Iterator[None]:
+            counts = Counter(owner[at] for at in low)
+            tables = runner.blocks(torch.tensor([*counts], device=positions.device))
+            each = torch.tensor([*counts.values()], device=positions.device)
+            with (
+                runner.adapters(lambda: [owner[at] for at in low]),
+                self._kv_context(runner, tables, each, positions[low]),
+            ):
+                yield
+
+        return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed), context)
+
+    def limit(self, params: Any, outputs: int, token: int, position: int, longest: int) -> int:
+        """Return how many tokens are worth drafting for a request whose newest token stands at ``position``.
+
+        Verification adds one token of its own, so the draft may take all but one of those that are still wanted.
+
+        Args:
+            params: Its sampling parameters, or None.
+            outputs: How many tokens it has generated.
+            token: The newest of them.
+            position: Of that token.
+            longest: The longest draft that is wanted of anyone.
+        """
+        wanted = self.max_model_len - 1 - position
+        if params is not None:
+            if params.max_tokens is not None:
+                wanted = min(wanted, params.max_tokens - outputs)
+            if outputs >= params.min_tokens and token in (params.eos_token_id, *(params.stop_token_ids or ())):
+                return 0
+        return max(0, min(longest, wanted - 1))
+
+    def learn(self, batch: Sequence[Verified], requests: Sequence[object]) -> None:
+        """Tell the policy what became of the last round's drafts, and whether there was nothing but that round.
+
+        Args:
+            batch: Of every sequence that has sampled.
+            requests: Of every sequence of the batch.
+        """
+        last_round, self._verifying = self._verifying, None
+        if last_round is None or any(id(request) not in last_round.rows for request in requests):
+            self.drafter.policy.interrupt()
+        if last_round is None:
+            return
+        for one in batch:
+            found = last_round.rows.get(id(one.request))
+            if found is not None and one.drafted:
+                self.drafter.policy.learn(found, one.drafted, one.accepted)
+
+    @contextmanager
+    def _kv_context(
+        self, runner: Runner, blocks: Blocks, counts: torch.Tensor | None, positions: torch.Tensor
+    ) -> Iterator[None]:
+        """A forward context of some tokens of some sequences, KV going to the target's own blocks.
+
+        Args:
+            runner: What is known of the model runner.
+            blocks: Of the sequences.
+            counts: Tokens of each sequence, int64 [n]; None for one each.
+            positions: Of the tokens, rising within a sequence, int64 [counts.sum()].
+        """
+        num_tokens = len(positions)
+        if counts is None:
+            n, most = num_tokens, 1
+            starts = torch.arange(n + 1, dtype=torch.int32)
+            seq_lens = (positions + 1).to(torch.int32)
+        else:
+            n, most = len(counts), int(counts.max())
+            ends = counts.cumsum(0)
+            starts = torch.zeros(n + 1, dtype=torch.int32)
+            starts[1:] = ends
+            seq_lens = (positions[ends - 1] + 1).to(torch.int32)
+        seq_lens_cpu = seq_lens.cpu()
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for number, attn_groups in enumerate(runner.attn_groups):
+            table = blocks[number] if counts is None else blocks[number].repeat_interleave(counts, dim=0)
+            slot_mapping = slots_of(table, positions, runner.block_sizes[number])
+            common = CommonAttentionMetadata(
+                query_start_loc=starts.to(runner.device),
+                query_start_loc_cpu=starts,
+                seq_lens=seq_lens,
+                seq_lens_cpu_upper_bound=seq_lens_cpu,
+                num_reqs=n,
+                num_actual_tokens=num_tokens,
+                max_query_len=most,
+                max_seq_len=int(seq_lens_cpu.max()),
+                block_table_tensor=blocks[number],
+                slot_mapping=slot_mapping,
+                positions=positions,
+            )
+            for group in attn_groups:
+                built = group.build_metadata_for_drafting(common, draft_index=0)
+                metadata |= dict.fromkeys(group.layer_names, built)
+                slots |= dict.fromkeys(group.layer_names, slot_mapping)
+        with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
+            yield
+
+
+def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return the KV slots of positions, int64 [n].
+
+    Args:
+        blocks: Block ids of each position's sequence, [n, max_blocks].
+        positions: int64 [n].
+        block_size: Tokens per block.
+    """
+    block_ids = blocks.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
+    return block_ids.to(torch.int64) * block_size + positions % block_size
+
+
+@contextmanager
+def through_adapters(runner: Any, used: Callable[[], set[Any]], mapping: Callable[[], np.ndarray]) -> Iterator[None]:
+    """Send some tokens through LoRA adapters; those of the whole batch are back afterwards.
+
+    Args:
+        runner: A model runner.
+        used: Makes the adapters of its batch, vLLM's ``LoRARequest``.
+        mapping: Makes the adapter's number of each token.
+    """
+    if runner.lora_config is None:
+        yield
+        return
+    manager, adapters, each = runner.lora_manager, used(), tuple(mapping().tolist())
+    whole = manager._adapter_manager._last_mapping
+    runner._set_active_loras(each, each, adapters)
+    try:
+        yield
+    finally:
+        manager.set_active_adapters(adapters, whole)
+
+
+def measure(worker: Any) -> None:
+    """Let a worker's adapter measure; for vLLM's ``collective_rpc``."""
+    runner = worker.model_runner
+    adapter = runner.drafter if hasattr(runner, "drafter") else runner.speculator
+    adapter.measure(runner)

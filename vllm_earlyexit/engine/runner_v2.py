@@ -1,0 +1,194 @@
+"""Model Runner V2: a speculator that drafts with the target's own layers, and resumes in its forward pass.
+
+Like the V1 adapter it decides on the host, token by token, while the scheduler waits for its drafts. It was run on CPUs
+through Triton's interpreter, and never on a GPU.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified, through_adapters
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A request since it was last given KV blocks."""
+
+    params: Any
+    prompt_len: int
+
+
+class RunnerV2:
+    """What is known of a V2 model runner; rows are those of its request states."""
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self.device: torch.device = runner.device
+        self.attn_groups = runner.attn_groups
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Tokens per block, by KV cache group."""
+        return self._runner.block_tables.block_sizes
+
+    def blocks(self, rows: torch.Tensor) -> Blocks:
+        """Return the block tables of some rows."""
+        return {group: table.gpu[rows] for group, table in enumerate(self._runner.block_tables.block_tables)}
+
+    def text(self, row: int, length: int) -> np.ndarray:
+        """Return the first tokens of a row."""
+        return self._runner.req_states.all_token_ids.gpu[row, :length].cpu().numpy()
+
+    def adapters(self, rows: Callable[[], list[int]]) -> AbstractContextManager[None]:
+        """Send some tokens through the LoRA adapters of their requests."""
+        lora = self._runner.lora_state
+        return through_adapters(self._runner, lambda: set(lora.lora_requests.values()), lambda: lora.lora_ids[rows()])
+
+
+class SelfExitSpeculator(SelfExit, BaseSpeculator):
+    """vLLM's speculator for self-exit speculation; also what its drafts are fetched from.
+
+    vLLM's own handler of drafts tells the scheduler of drafts that are all equally long; these are not.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, vllm_config: VllmConfig):
+        super().__init__(vllm_config)
+        self._requests: dict[str, Request] = {}
+        self._batch: InputBatch | None = None
+        self._drafts: dict[str, list[int]] = {}
+
+    def attach(self, runner: Any) -> None:
+        """Take a runner that has loaded its model."""
+        self._runner = runner
+        self.load_model(runner.model)
+        runner.model.resume = self._forward
+        runner.draft_tokens_handler = self
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Do nothing: draft steps run outside CUDA graphs."""
+
+    def capture(self) -> None:
+        """Do nothing, see above."""
+
+    def measure(self, runner: Any) -> None:
+        """See ``measure_on``."""
+        self.measure_on(RunnerV2(runner))
+
+    def scheduled(self, output: Any, batch: InputBatch) -> None:
+        """Take note of the batch that is run next.
+
+        Args:
+            output: vLLM's ``SchedulerOutput``. Requests that begin, also anew after preemption, are among its new ones.
+            batch: What the runner made of it.
+        """
+        for new in output.scheduled_new_reqs:
+            self._requests[new.req_id] = Request(new.sampling_params, new.prompt_len)
+        known = self._runner.req_states.req_id_to_index
+        if len(self._requests) > len(known):
+            self._requests = {req_id: self._requests[req_id] for req_id in known}
+        self._batch = batch
+
+    def _forward(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
+        """Run the model over the batch, resuming what is pending; None if nothing is, or nothing was scheduled."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return None
+
+        def sequences() -> list[Scheduled]:
+            assert input_ids is not None
+            edges = pairwise(batch.query_start_loc_np[: batch.num_reqs + 1].tolist())
+            starts = batch.num_computed_tokens_np.tolist()
+            each = zip(batch.idx_mapping_np.tolist(), batch.req_ids, starts, edges, strict=True)
+            return [
+                Scheduled(row, self._requests[req_id], start, input_ids[begin:end])
+                for row, req_id, start, (begin, end) in each
+            ]
+
+        ids = None if input_ids is None else input_ids[: batch.num_tokens]
+        final = self.resume(RunnerV2(self._runner), sequences, ids, positions[: batch.num_tokens])
+        return None if final is None else pad(final, (0, 0, 0, len(positions) - len(final)))
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft for every request of the batch that has just sampled; arguments and shapes are vLLM's.
+
+        Returns:
+            Drafts, int64 [num_reqs, longest draft], -1 behind the end of each.
+        """
+        most = self.config.num_speculative_tokens
+        drafts = torch.full((input_batch.num_reqs, most), -1, dtype=torch.int64, device=last_hidden_states.device)
+        self._drafts = {}
+        if dummy_run:
+            return drafts
+        if self._round is not None:  # a CUDA graph ran the whole batch from the bottom
+            self._verifying, self._round = self._round, None
+        longest = most if num_speculative_tokens is None else num_speculative_tokens
+        counts, index = num_sampled.tolist(), input_batch.idx_mapping
+        verified = input_batch.num_draft_tokens_per_req
+        drafted = [0] * len(counts) if verified is None else verified.tolist()
+        requests = [self._requests[req_id] for req_id in input_batch.req_ids]
+        each = zip(requests, drafted, counts, strict=True)
+        self.learn([Verified(request, of, count - 1) for request, of, count in each if count], requests)
+        rows = [row for row, count in enumerate(counts) if count]
+        if not rows or longest == 0:
+            return drafts
+        tokens = last_sampled[index].flatten().tolist()
+        positions = self._runner.req_states.num_computed_tokens.gpu[index].tolist()
+        places = input_batch.idx_mapping_np.tolist()
+
+        def sampled(row: int) -> Sampled:
+            request, token, position = requests[row], tokens[row], positions[row]
+            outputs = position + 1 - request.prompt_len
+            return Sampled(
+                places[row], request, token, position, self.limit(request.params, outputs, token, position, longest)
+            )
+
+        def previous() -> torch.Tensor:
+            at = [int(input_batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
+            return last_hidden_states[input_batch.logits_indices[at]]
+
+        found = self.draft(RunnerV2(self._runner), [sampled(row) for row in rows], previous)
+        for row, draft in zip(rows, found, strict=True):
+            drafts[row, : len(draft)] = torch.tensor(draft, dtype=torch.int64, device=drafts.device)
+            self._drafts[input_batch.req_ids[row]] = draft
+        return drafts
+
+    def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: torch.Tensor) -> None:
+        """Do nothing: ``propose`` has kept the drafts."""
+
+    def get_draft_tokens(self) -> DraftTokenIds | None:
+        """Return each request's draft, for the scheduler."""
+        return DraftTokenIds([*self._drafts], [*self._drafts.values()])
