@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import interpreter
 from tests.engine.heads import ladder_heads
 from tests.engine.reference import Reference, answer
 
@@ -21,6 +22,8 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
 
     from vllm_earlyexit.engine import seams
 
+    if interpreter.ON_V2:
+        interpreter.leave_out_what_is_not_interpreted()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
     llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
     try:
@@ -35,8 +38,14 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
 
 
 def runner_of(llm: Any) -> Any:
-    """The V1 model runner inside an in-process engine."""
+    """The model runner inside an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def adapter_of(llm: Any) -> Any:
+    """Our proposer or speculator inside an in-process engine."""
+    runner = runner_of(llm)
+    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
 
 
 def counters(llm: Any) -> dict[str, int]:

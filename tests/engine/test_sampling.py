@@ -15,6 +15,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from tests.engine.conftest import counters, engine
+from tests.interpreter import ON_V2
 
 TOKENS = 32
 NEWLINE, SPACE_A, SPACE_THE = 198, 253, 260
@@ -85,6 +86,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+if ON_V2:  # where custom processors are of another kind
+    del CASES["custom processor"]
+
+
 @dataclass
 class Answers:
     """What an engine answered, case by case; and how much it drafted."""
@@ -107,7 +112,8 @@ def answer(model: Path, prompts: Sequence[str], **arguments: Any) -> Answers:
 
     Plain vLLM gives requests beside one with ``logprob_token_ids`` no log-probabilities (docs/upstream.md).
     """
-    with engine(model, logits_processors=[NeverTwiceInARow], **arguments) as llm:
+    processors = None if ON_V2 else [NeverTwiceInARow]
+    with engine(model, logits_processors=processors, **arguments) as llm:
         outputs: dict[str, list[Any]] = {}
         for cases in (CASES.keys() - {ALONE}, {ALONE}):
             asked = [(case, prompt) for prompt in prompts for case in CASES if case in cases]
@@ -180,6 +186,7 @@ def test_structured_outputs_keep_to_their_structure(ours: Answers):
     assert set(ours.text("choice")) <= {"Positive", "Negative", "Neutral in every respect"}
 
 
+@pytest.mark.skipif(ON_V2, reason="V2 has custom processors of its own kind")
 def test_custom_processors_see_every_token(ours: Answers):
     for tokens in ours.tokens("custom processor"):
         assert all(one != other for one, other in itertools.pairwise(tokens))

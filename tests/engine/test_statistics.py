@@ -11,8 +11,9 @@ from scipy.stats import chi2
 
 from tests.engine.conftest import counters, engine
 from tests.engine.tiny import tiny_model
+from tests.interpreter import ON_V2
 
-VOCAB, LENGTH, SAMPLES = 6, 4, 25_000
+VOCAB, LENGTH, SAMPLES = 6, 4, 4_000 if ON_V2 else 25_000
 PROMPT = [1, 2, 3]
 FALSE_ALARM = 1e-7
 """Probability that a correct sampler fails the test, by the chi-squared limit of Pearson's statistic."""
@@ -73,6 +74,7 @@ def test_sampled_outputs_follow_the_full_model(model: Path):
     assert statistic < limit
 
 
+@pytest.mark.skipif(ON_V2, reason="there vLLM's own rejection sampler verifies")
 def test_the_test_notices_unconditional_acceptance(model: Path, monkeypatch: pytest.MonkeyPatch):
     from vllm.v1.outputs import SamplerOutput
 

@@ -142,6 +142,8 @@ class SelfExit:
         vllm_config: vLLM's, with our setting in its ``additional_config``.
     """
 
+    runner_name: str
+
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
         assert isinstance(vllm_config.additional_config, AdditionalConfig)
@@ -153,7 +155,7 @@ class SelfExit:
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the loaded target model; drafting shares its weights."""
         self.drafter = SelfExitDrafter(target_model, self.config, self.vllm_config)
-        logger.info("self-exit speculation with %s", self.config)
+        logger.info("self-exit speculation on Model Runner %s with %s", self.runner_name, self.config)
 
     @torch.inference_mode()
     def measure_on(self, runner: Runner) -> None:

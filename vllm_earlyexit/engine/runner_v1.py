@@ -49,6 +49,8 @@ class RunnerV1:
 class SelfExitProposer(SelfExit):
     """vLLM's proposer for self-exit speculation (``method="custom_class"`` creates it in the worker)."""
 
+    runner_name = "V1"
+
     def measure(self, runner: Any) -> None:
         """See ``measure_on``."""
         self.measure_on(RunnerV1(runner))

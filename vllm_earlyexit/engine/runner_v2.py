@@ -63,6 +63,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
     vLLM's own handler of drafts tells the scheduler of drafts that are all equally long; these are not.
     """
 
+    runner_name = "V2"
     supports_mm_inputs = False
     draft_logits = None
 
@@ -146,10 +147,10 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """Draft for every request of the batch that has just sampled; arguments and shapes are vLLM's.
 
         Returns:
-            Drafts, int64 [num_reqs, longest draft], -1 behind the end of each.
+            Drafts, int64 [num_reqs, longest draft]; token 0 behind the end of each, which only vLLM's warm-up runs.
         """
         most = self.config.num_speculative_tokens
-        drafts = torch.full((input_batch.num_reqs, most), -1, dtype=torch.int64, device=last_hidden_states.device)
+        drafts = torch.zeros(input_batch.num_reqs, most, dtype=torch.int64, device=last_hidden_states.device)
         self._drafts = {}
         if dummy_run:
             return drafts

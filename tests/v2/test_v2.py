@@ -1,0 +1,165 @@
+"""What holds on Model Runner V1 holds on V2; see tests/interpreter.py for how that runs here, and ``make test-v2``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from benchmarks.near_ties import NearTies
+from tests.engine.conftest import adapter_of, counters, engine, runner_of
+from tests.engine.test_kv import Fed
+from tests.engine.test_lossless import draft_from_each_exit_in_turn
+from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_blocks, chat_ids, metric
+from vllm_earlyexit.engine.runner_v2 import SelfExitSpeculator
+
+PROMPTS, TOKENS = 12, 32
+FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+Answers = list[list[int]]
+
+
+def answer(llm: LLM, prompts: list[str], batch_size: int, tokens: int = TOKENS) -> Answers:
+    params, found = SamplingParams(temperature=0, max_tokens=tokens), []
+    for start in range(0, len(prompts), batch_size):
+        asked = chat_ids(llm, prompts[start : start + batch_size])
+        found += [list(output.outputs[0].token_ids) for output in llm.generate(asked, params, use_tqdm=False)]
+    return found
+
+
+@pytest.fixture
+def on_v1(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """For tests that also want Model Runner V1: what to undo."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    return monkeypatch
+
+
+class Judge:
+    """Plain V2's answers; a difference is excused only where the full model hardly prefers one token."""
+
+    def __init__(self, model: Path, prompts: list[str]):
+        self.prompts, self._near_ties = prompts, NearTies(model)
+        with engine(model) as llm:
+            assert type(runner_of(llm)).__module__.endswith("cpu.model_runner")
+            self.answers = answer(llm, prompts, 4)
+
+    def check(self, found: Answers) -> None:
+        assert len(found) <= len(self.answers)
+        differ = [n for n, tokens in enumerate(found) if tokens != self.answers[n]]
+        assert len(differ) <= 1
+        assert all(self._near_ties.excuses(self.prompts[n], self.answers[n], found[n]) for n in differ)
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: Path, prompts: list[str]) -> Judge:
+    return Judge(smollm2, prompts[:PROMPTS])
+
+
+def test_a_little_of_everything(smollm2: Path, prompts: list[str], on_v1: pytest.MonkeyPatch):
+    """Short enough for every run of the tests: outputs are plain V2's, counts are those of the V1 adapter."""
+    few = sorted(prompts, key=len)[:4]
+    with engine(smollm2, speculative_config=FIXED) as llm:
+        found_on_v1, counted_on_v1 = answer(llm, few, 4, 16), counters(llm)
+        assert not isinstance(adapter_of(llm), SelfExitSpeculator)
+    on_v1.undo()
+    with engine(smollm2) as llm:
+        expected = answer(llm, few, 4, 16)
+    with engine(smollm2, speculative_config=FIXED, max_num_batched_tokens=32) as llm:
+        assert isinstance(adapter_of(llm), SelfExitSpeculator)
+        assert answer(llm, few, 4, 16) == expected == found_on_v1
+        assert counters(llm)["accepted_tokens"] == counted_on_v1["accepted_tokens"] > 0
+        assert_nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_greedy_outputs_are_plain_v2s_and_counts_are_v1s(
+    smollm2: Path, plain: Judge, on_v1: pytest.MonkeyPatch, batch_size: int
+):
+    with engine(smollm2, speculative_config=FIXED) as llm:
+        found_on_v1, counted_on_v1 = answer(llm, plain.prompts, batch_size), counters(llm)
+    on_v1.undo()
+    with engine(smollm2, speculative_config=FIXED) as llm:
+        found = answer(llm, plain.prompts, batch_size)
+        plain.check(found)
+        assert found == found_on_v1
+        assert counters(llm) == counted_on_v1
+        assert counted_on_v1["draft_tokens"] > counted_on_v1["accepted_tokens"] > 50
+
+
+@pytest.mark.parametrize("policy", ["entropy", "auto"])
+def test_other_policies(smollm2: Path, plain: Judge, ladder: str, policy: str):
+    """From a ladder of exits; ``auto`` copies what repeats, too."""
+    setting = {"method": "self_exit", "model": ladder, "policy": policy, "num_speculative_tokens": 4}
+    with engine(smollm2, speculative_config=setting | {"exit_layer": (1, 4)}) as llm:
+        if policy == "auto":
+            draft_from_each_exit_in_turn(adapter_of(llm).drafter.policy)
+        plain.check(answer(llm, plain.prompts, 4))
+        assert counters(llm)["draft_tokens"] > counters(llm)["accepted_tokens"] > 0
+
+
+def test_what_gpus_warm_up_with_leaves_nothing_behind(smollm2: Path, plain: Judge):
+    """vLLM's GPU worker runs made-up batches with drafts that nobody made; the CPU's does not."""
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    with engine(smollm2, speculative_config=FIXED) as llm:
+        runner = runner_of(llm)
+        warmup_kernels(runner, runner.execute_model, runner.sample_tokens)
+        plain.check(answer(llm, plain.prompts[:4], 4))
+        assert counters(llm)["accepted_tokens"] > 10
+        assert_nothing_is_left(llm)
+
+
+def test_nothing_is_computed_twice(smollm2: Path, plain: Judge, monkeypatch: pytest.MonkeyPatch):
+    prompts = plain.prompts[:4]
+    with engine(smollm2, speculative_config=FIXED, enable_prefix_caching=False, max_num_batched_tokens=40) as llm:
+        fed, params = Fed(monkeypatch), SamplingParams(temperature=0, max_tokens=TOKENS)
+        outputs = llm.generate(chat_ids(llm, prompts), params, use_tqdm=False)
+        plain.check([list(output.outputs[0].token_ids) for output in outputs])
+        counted = counters(llm)
+    verified = sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for o in outputs)
+    rejected = counted["draft_tokens"] - counted["accepted_tokens"]
+    assert len(fed.tokens) == 2
+    for count in fed.tokens.values():  # tokens accepted past the end of an answer are verified and thrown away
+        assert verified + rejected <= count <= verified + rejected + 3 * len(prompts)
+    assert len(set(fed.tokens.values())) == 1
+
+
+def test_cached_blocks_hold_what_plain_v2_puts_there(smollm2: Path, plain: Judge, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    expected = cached_blocks(smollm2, plain.prompts[:4])
+    found = cached_blocks(smollm2, plain.prompts[:4], speculative_config=FIXED)
+    assert found.keys() == expected.keys()
+    assert len(found) > 10
+    for key, block in expected.items():
+        assert (found[key] - block).abs().max() < NOISE
+
+
+def test_preempted_requests_start_again(smollm2: Path, plain: Judge):
+    tight: dict[str, Any] = {"max_model_len": 256, "block_size": 16, "num_gpu_blocks_override": 18}
+    with engine(smollm2, speculative_config=FIXED, max_num_seqs=4, **tight) as llm:
+        plain.check(answer(llm, plain.prompts, len(plain.prompts)))
+        assert metric(llm, "num_preemptions") > 2
+        assert counters(llm)["accepted_tokens"] > 50
+        assert_nothing_is_left(llm)
+
+
+def test_aborts_at_every_phase(smollm2: Path, plain: Judge):
+    """A victim beside every request, aborted after 0, 1, 2, … steps."""
+    with engine(smollm2, speculative_config=FIXED, max_num_batched_tokens=48) as llm:
+        asked, params = chat_ids(llm, plain.prompts), SamplingParams(temperature=0, max_tokens=TOKENS)
+        found = []
+        for number, prompt in enumerate(asked):
+            llm.llm_engine.add_request(f"kept {number}", prompt, params)
+            llm.llm_engine.add_request(f"victim {number}", asked[-1 - number], params)
+            age = 0
+            while llm.llm_engine.has_unfinished_requests():
+                if age == number:
+                    llm.llm_engine.abort_request([f"victim {number}"])
+                age += 1
+                for output in llm.llm_engine.step():
+                    if output.finished and output.request_id.startswith("kept"):
+                        found.append(list(output.outputs[0].token_ids))
+        plain.check(found)
+        assert counters(llm)["accepted_tokens"] > 50
+        llm.llm_engine.step()
+        assert_nothing_is_left(llm)
