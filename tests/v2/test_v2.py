@@ -1,5 +1,8 @@
 """What holds on Model Runner V1 holds on V2; see tests/interpreter.py for how that runs here, and ``make test-v2``."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from tests.engine.conftest import adapter_of, counters, engine, runner_of
 from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_blocks, chat_ids, metric
+from tests.patched import patched_copy
 from vllm_earlyexit.engine.runner_v2 import SelfExitSpeculator
 
+ROOT = Path(__file__).parents[2]
 PROMPTS, TOKENS = 12, 32
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
 Answers = list[list[int]]
@@ -163,3 +168,12 @@ def test_aborts_at_every_phase(smollm2: Path, plain: Judge):
         assert counters(llm)["accepted_tokens"] > 50
         llm.llm_engine.step()
         assert_nothing_is_left(llm)
+
+
+def test_a_patched_vllm_needs_no_seams(tmp_path: Path):
+    """Engines of these tests assert that no seam is applied where vLLM is patched."""
+    environment = os.environ | {"PYTHONPATH": f"{patched_copy(tmp_path)}{os.pathsep}{ROOT}"}
+    chosen = ("-q", "-p", "no:cacheprovider", "tests/v2", "-k", "a_little_of_everything")
+    command = [sys.executable, "-m", "pytest", *chosen]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
