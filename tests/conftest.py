@@ -19,7 +19,7 @@ if interpreter.ON_V2:
 collect_ignore = [] if interpreter.ON_V2 else ["v2"]  # make test-v2
 
 BUILD = Path(__file__).parents[1] / "build"
-MATRIX = {"small": 0, "usual": 1, "full": 2}
+MATRIX = {"small": 0, "usual": 1, "full": 2}  # small leaves out asking one at a time; see engine/conftest.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,7 @@ from benchmarks.near_ties import NearTies
 
 MAX_TOKENS = 64
 FEW = 8
+"""How many prompts are asked one at a time where that takes too long for all."""
 
 
 def answer(llm: Any, prompts: list[str], batch_size: int) -> list[list[int]]:

@@ -35,23 +35,15 @@ def draft_from_each_exit_in_turn(policy: Any) -> None:
     policy.begin = begin_elsewhere
 
 
-@pytest.fixture(scope="session")
-def few(matrix: str) -> int | None:
-    """How many prompts are also answered one at a time, which takes longest: all of them in the full matrix."""
-    return None if matrix == "full" else FEW
-
-
 @pytest.mark.parametrize(("policy", "length"), SETTINGS)
-def test_greedy_outputs_are_identical(
-    smollm2: Path, plain: Reference, ladder: str, few: int | None, policy: str, length: int
-):
+def test_greedy_outputs_are_identical(smollm2: Path, plain: Reference, ladder: str, policy: str, length: int):
     setting = {"method": "self_exit", "policy": policy, "num_speculative_tokens": length}
     if policy == "auto":
         setting["model"] = ladder
     with engine(smollm2, speculative_config=setting) as llm:
         if policy == "auto":
             draft_from_each_exit_in_turn(runner_of(llm).drafter.drafter.policy)
-        plain.check_all(llm, alone=None if length == 3 else few)
+        plain.check_all(llm, alone=None if length == 3 else FEW)
         counted = counters(llm)
     assert counted["accepted_tokens"] > 0, "nothing was accepted, so nothing was shown"
     assert counted["draft_tokens"] > counted["accepted_tokens"], "nothing was rejected, so nothing was shown"
@@ -59,7 +51,7 @@ def test_greedy_outputs_are_identical(
         assert counted["draft_tokens"] > 2 * counted["drafts"]
 
 
-def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladder: str, few: int | None):
+def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
     """Tokens that are unsure at the first exit are taken on to the second one with all that is pending."""
     setting = {"method": "self_exit", "model": ladder, "policy": "entropy", "num_speculative_tokens": 4}
     with engine(smollm2, speculative_config=setting | {"target_accuracy": 0.8, "exit_layer": LADDER}) as llm:
@@ -72,12 +64,12 @@ def test_a_ladder_of_exits_changes_nothing(smollm2: Path, plain: Reference, ladd
             return lift(*arguments)
 
         drafter._lift = counting
-        plain.check_all(llm, alone=few)
+        plain.check_all(llm, alone=FEW)
         assert counters(llm)["accepted_tokens"] > 0
     assert lifted > 100
 
 
-def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, ladder: str, few: int | None):
+def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, ladder: str):
     """Whatever that is worth, sequences are copied beside others that are drafted for, and behind what was drafted."""
     setting = {"method": "self_exit", "model": ladder, "policy": "auto"}
     with engine(smollm2, speculative_config=setting) as llm:
@@ -95,7 +87,7 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, l
             return found
 
         policy._worth_copying = copy_all
-        plain.check_all(llm, alone=few)
+        plain.check_all(llm, alone=FEW)
         counted = counters(llm)
     assert len(copied) > 100
     assert sum(copy.behind > 0 for copy in copied) > 20
@@ -136,7 +128,7 @@ def test_compiled_models(smollm2: Path, plain: Reference, ladder: str, policy: s
     with engine(smollm2, speculative_config=setting | {"num_speculative_tokens": 3}, enforce_eager=False) as llm:
         if policy == "auto":
             draft_from_each_exit_in_turn(runner_of(llm).drafter.drafter.policy)
-        plain.check_all(llm)
+        plain.check_all(llm, alone=FEW)
         assert counters(llm)["accepted_tokens"] > 0
 
 
