@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "penalties, sampled": SEEDED | {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
     "bad words": {"bad_words": [" the", " a", "of the"]},
     "logit bias": {"logit_bias": {SPACE_THE: -100.0, SPACE_A: 2.0}},
-    "allowed tokens": {"allowed_token_ids": list(range(2000))},
+    "allowed tokens": {"allowed_token_ids": list(range(1000))},
     "several choices": SEEDED | {"n": 3},
     "stop string": {"stop": ["\n", "the "], "include_stop_str_in_output": True},
     "stop token": {"stop_token_ids": [NEWLINE, SPACE_THE]},

@@ -16,11 +16,14 @@ from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_blocks, chat_ids, metric
 from tests.patched import patched_copy
+from vllm_earlyexit.engine import seams
 from vllm_earlyexit.engine.runner_v2 import SelfExitSpeculator
+from vllm_earlyexit.errors import EarlyExitError
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, TOKENS = 12, 32
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
+LORA = {"speculative_config": FIXED, "enable_lora": True, "max_lora_rank": 8}
 Answers = list[list[int]]
 
 
@@ -168,6 +171,20 @@ def test_aborts_at_every_phase(smollm2: Path, plain: Judge):
         assert counters(llm)["accepted_tokens"] > 50
         llm.llm_engine.step()
         assert_nothing_is_left(llm)
+
+
+def test_lora_is_refused_and_left_to_v1(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(EarlyExitError, match="VLLM_USE_V2_MODEL_RUNNER=0"), engine(smollm2, **LORA):
+        pass
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    chosen = {}
+    for lora in (False, True):
+        args = EngineArgs(str(smollm2), speculative_config=FIXED, enable_lora=lora)
+        chosen[lora] = args.create_engine_config().use_v2_model_runner
+    seams.remove("engine")
+    assert chosen == {False: True, True: False}
 
 
 def test_a_patched_vllm_needs_no_seams(tmp_path: Path):

@@ -379,27 +379,6 @@ def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> 
     return block_ids.to(torch.int64) * block_size + positions % block_size
 
 
-@contextmanager
-def through_adapters(runner: Any, used: Callable[[], set[Any]], mapping: Callable[[], np.ndarray]) -> Iterator[None]:
-    """Send some tokens through LoRA adapters; those of the whole batch are back afterwards.
-
-    Args:
-        runner: A model runner.
-        used: Makes the adapters of its batch, vLLM's ``LoRARequest``.
-        mapping: Makes the adapter's number of each token.
-    """
-    if runner.lora_config is None:
-        yield
-        return
-    manager, adapters, each = runner.lora_manager, used(), tuple(mapping().tolist())
-    whole = manager._adapter_manager._last_mapping
-    runner._set_active_loras(each, each, adapters)
-    try:
-        yield
-    finally:
-        manager.set_active_adapters(adapters, whole)
-
-
 def measure(worker: Any) -> None:
     """Let a worker's adapter measure; for vLLM's ``collective_rpc``."""
     runner = worker.model_runner

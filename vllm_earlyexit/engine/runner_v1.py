@@ -1,8 +1,8 @@
 """Model Runner V1: where drafts meet vLLM's batch, block tables and attention metadata."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_earlyexit.engine import verification
-from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified, through_adapters
+from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 
 
 class RunnerV1:
@@ -36,14 +36,21 @@ class RunnerV1:
         """Return the first tokens of a row."""
         return self._batch.token_ids_cpu[row, :length]
 
-    def adapters(self, rows: Callable[[], list[int]]) -> AbstractContextManager[None]:
+    @contextmanager
+    def adapters(self, rows: Callable[[], list[int]]) -> Iterator[None]:
         """Send some tokens through the LoRA adapters of their requests."""
-        batch = self._batch
-        return through_adapters(
-            self._runner,
-            lambda: set(batch.lora_id_to_lora_request.values()),
-            lambda: batch.request_lora_mapping[rows()],
-        )
+        runner, batch = self._runner, self._batch
+        if runner.lora_config is None:
+            yield
+            return
+        manager, used = runner.lora_manager, set(batch.lora_id_to_lora_request.values())
+        whole = manager._adapter_manager._last_mapping
+        mapping = tuple(batch.request_lora_mapping[rows()].tolist())
+        runner._set_active_loras(mapping, mapping, used)
+        try:
+            yield
+        finally:
+            manager.set_active_adapters(used, whole)
 
 
 class SelfExitProposer(SelfExit):

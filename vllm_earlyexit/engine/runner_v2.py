@@ -5,7 +5,7 @@ through Triton's interpreter, and never on a GPU.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,8 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified, through_adapters
+from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
+from vllm_earlyexit.errors import EarlyExitError
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,8 @@ class RunnerV2:
         return self._runner.req_states.all_token_ids.gpu[row, :length].cpu().numpy()
 
     def adapters(self, rows: Callable[[], list[int]]) -> AbstractContextManager[None]:
-        """Send some tokens through the LoRA adapters of their requests."""
-        lora = self._runner.lora_state
-        return through_adapters(self._runner, lambda: set(lora.lora_requests.values()), lambda: lora.lora_ids[rows()])
+        """Do nothing: with LoRA adapters V1 serves."""
+        return nullcontext()
 
 
 class SelfExitSpeculator(SelfExit, BaseSpeculator):
@@ -68,6 +68,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
     draft_logits = None
 
     def __init__(self, vllm_config: VllmConfig):
+        if vllm_config.lora_config is not None:
+            raise EarlyExitError(
+                "self-exit: on Model Runner V2, vLLM 0.32 does not map LoRA adapters to drafted tokens; "
+                "set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         super().__init__(vllm_config)
         self._requests: dict[str, Request] = {}
         self._batch: InputBatch | None = None

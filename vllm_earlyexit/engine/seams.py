@@ -288,8 +288,8 @@ def _admit_as_plain(original: Callable) -> Callable:
 def _let_v2_serve(original: Callable) -> Callable:
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
         unsupported = original(self)
-        ours = uses_self_exit(self.speculative_config)
-        return [one for one in unsupported if not (ours and one == "speculative method 'custom_class'")]
+        served = uses_self_exit(self.speculative_config) and self.lora_config is None
+        return [one for one in unsupported if not (served and one == "speculative method 'custom_class'")]
 
     return _get_v2_model_runner_unsupported_features
 
@@ -457,7 +457,7 @@ SEAMS = (
         target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         stage="engine",
         why="Model Runner V2 has no proposers of a custom class, so vLLM would use V1, which it has deprecated.",
-        how="Leaves them out of the list for self-exit; every other reason to fall back stays.",
+        how="Leaves them out of the list for self-exit without LoRA; every other reason to fall back stays.",
         upstream="A registry of V2 speculators would replace this one and the next three.",
         expects=("self",),
         wrap=_let_v2_serve,
