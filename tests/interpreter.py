@@ -6,6 +6,7 @@ are run by Python and need no backend, so a stand-in that answers what Triton an
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -42,8 +43,16 @@ def stand_in() -> None:
     triton.backends.backends["cpu"] = backend  # type: ignore[assignment]
 
 
-def leave_out_what_is_not_interpreted() -> None:
-    """Let vLLM choose top-k and top-p in PyTorch; its kernel calls methods of tensors on the interpreter's integers."""
+def mend() -> None:
+    """Let the interpreter run what compilers accept: integers as masks; top-k and top-p are left to PyTorch.
+
+    vLLM's kernel for the latter calls methods of tensors on what are integers in the interpreter.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, _interpreter
     from vllm.v1.sample.ops import topk_topp_sampler
 
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any, *others: Any) -> Any:
+        return _interpreter.store(ptrs.data, value.data, mask.data.astype(bool))
+
+    InterpreterBuilder.create_masked_store = create_masked_store
     topk_topp_sampler.HAS_TRITON = False

@@ -23,7 +23,7 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     from vllm_earlyexit.engine import seams
 
     if interpreter.ON_V2:
-        interpreter.leave_out_what_is_not_interpreted()
+        interpreter.mend()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
     llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
     try:

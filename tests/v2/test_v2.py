@@ -134,8 +134,8 @@ def test_nothing_is_computed_twice(smollm2: Path, plain: Judge, monkeypatch: pyt
 
 def test_cached_blocks_hold_what_plain_v2_puts_there(smollm2: Path, plain: Judge, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    expected = cached_blocks(smollm2, plain.prompts[:4])
-    found = cached_blocks(smollm2, plain.prompts[:4], speculative_config=FIXED)
+    expected = cached_blocks(smollm2, plain.prompts[:6])
+    found = cached_blocks(smollm2, plain.prompts[:6], speculative_config=FIXED)
     assert found.keys() == expected.keys()
     assert len(found) > 10
     for key, block in expected.items():
@@ -143,7 +143,7 @@ def test_cached_blocks_hold_what_plain_v2_puts_there(smollm2: Path, plain: Judge
 
 
 def test_preempted_requests_start_again(smollm2: Path, plain: Judge):
-    tight: dict[str, Any] = {"max_model_len": 256, "block_size": 16, "num_gpu_blocks_override": 18}
+    tight: dict[str, Any] = {"max_model_len": 256, "block_size": 32, "num_gpu_blocks_override": 10}
     with engine(smollm2, speculative_config=FIXED, max_num_seqs=4, **tight) as llm:
         plain.check(answer(llm, plain.prompts, len(plain.prompts)))
         assert metric(llm, "num_preemptions") > 2
