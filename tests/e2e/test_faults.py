@@ -79,7 +79,7 @@ def test_too_little_memory_ends_the_server_as_it_ends_a_plain_one(
             below |= processes(server.process.pid)
             time.sleep(0.5)
         assert_gone(below)
-        said = re.search(r"requested memory for kv \(4000.0 GiB\)[^']*", server.log.read_text())
+        said = re.search(r"requested memory for kv \(4000.0 GiB\)[^'\n]*", server.log.read_text())
         ends.append((server.process.returncode, said and said[0]))
     assert ends[0] == ends[1]
     assert all(code != 0 and reason for code, reason in ends)
