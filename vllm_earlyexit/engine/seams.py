@@ -287,9 +287,10 @@ def _admit_as_plain(original: Callable) -> Callable:
 
 def _let_v2_serve(original: Callable) -> Callable:
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
-        unsupported = original(self)
-        served = uses_self_exit(self.speculative_config) and self.lora_config is None
-        return [one for one in unsupported if not (served and one == "speculative method 'custom_class'")]
+        if not uses_self_exit(self.speculative_config):
+            return original(self)
+        others = [one for one in original(self) if one != "speculative method 'custom_class'"]
+        return others if self.lora_config is None else [*others, "self-exit with LoRA adapters"]
 
     return _get_v2_model_runner_unsupported_features
 
