@@ -4,7 +4,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
-V2 := tests/v2 tests/engine/test_sampling.py tests/engine/test_statistics.py
 # vLLM's CPU documentation advises to preload Intel's OpenMP, which vLLM installs.
 PRELOAD = LD_PRELOAD="$$(ls $(CURDIR)/$(VENV)/lib/libiomp5.so 2>/dev/null)"
 
@@ -23,9 +22,9 @@ test-full: $(VENV)/test.done
 	  { echo "commit $$(git rev-parse --short=12 HEAD)"; grep -E '^(PASSED|FAILED|ERROR)|^[0-9]+ .* in ' $(VENV)/full.log; } > tests/full.txt; \
 	  tail -n 1 tests/full.txt; exit $$status
 
-# Model Runner V2, which needs Triton, through Triton's interpreter: half an hour.
+# Model Runner V2, which needs Triton, through Triton's interpreter: some twenty minutes.
 test-v2: $(VENV)/test.done
-	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(PRELOAD) $(BIN)/python -m pytest $(V2)
+	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(PRELOAD) $(BIN)/python -m pytest tests/v2
 
 # Five minutes of mixed traffic against a server; not part of `make test`.
 test-soak: $(VENV)/test.done
