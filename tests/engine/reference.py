@@ -11,11 +11,11 @@ FEW = 8
 """How many prompts are asked one at a time where that takes too long for all."""
 
 
-def answer(llm: Any, prompts: list[str], batch_size: int) -> list[list[int]]:
+def answer(llm: Any, prompts: list[str], batch_size: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
     """Answer ``prompts`` greedily, at most ``batch_size`` at a time."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
     outputs = []
     for start in range(0, len(prompts), batch_size):
         messages: list[Any] = [[{"role": "user", "content": p}] for p in prompts[start : start + batch_size]]

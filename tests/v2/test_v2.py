@@ -1,19 +1,20 @@
 """What holds on Model Runner V1 holds on V2; see tests/interpreter.py for how that runs here, and ``make test-v2``."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
 from benchmarks.near_ties import NearTies
+from tests.engine import reference
 from tests.engine.conftest import adapter_of, counters, engine, runner_of
 from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
+from tests.engine.test_patched import run
 from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_blocks, chat_ids, metric
 from tests.patched import patched_copy
 from vllm_earlyexit.engine import seams
@@ -24,14 +25,7 @@ PROMPTS, TOKENS = 12, 32
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
 LORA = {"speculative_config": FIXED, "enable_lora": True, "max_lora_rank": 8}
 Answers = list[list[int]]
-
-
-def answer(llm: LLM, prompts: list[str], batch_size: int, tokens: int = TOKENS) -> Answers:
-    params, found = SamplingParams(temperature=0, max_tokens=tokens), []
-    for start in range(0, len(prompts), batch_size):
-        asked = chat_ids(llm, prompts[start : start + batch_size])
-        found += [list(output.outputs[0].token_ids) for output in llm.generate(asked, params, use_tqdm=False)]
-    return found
+answer = partial(reference.answer, max_tokens=TOKENS)
 
 
 @pytest.fixture
@@ -66,14 +60,14 @@ def test_a_little_of_everything(smollm2: Path, prompts: list[str], on_v1: pytest
     """Short enough for every run of the tests: outputs are plain V2's, counts are those of the V1 adapter."""
     few = sorted(prompts, key=len)[:4]
     with engine(smollm2, speculative_config=FIXED) as llm:
-        found_on_v1, counted_on_v1 = answer(llm, few, 4, 16), counters(llm)
+        found_on_v1, counted_on_v1 = answer(llm, few, 4, max_tokens=16), counters(llm)
         assert not isinstance(adapter_of(llm), SelfExitSpeculator)
     on_v1.undo()
     with engine(smollm2) as llm:
-        expected = answer(llm, few, 4, 16)
+        expected = answer(llm, few, 4, max_tokens=16)
     with engine(smollm2, speculative_config=FIXED, max_num_batched_tokens=32) as llm:
         assert isinstance(adapter_of(llm), SelfExitSpeculator)
-        assert answer(llm, few, 4, 16) == expected == found_on_v1
+        assert answer(llm, few, 4, max_tokens=16) == expected == found_on_v1
         assert counters(llm)["accepted_tokens"] == counted_on_v1["accepted_tokens"] > 0
         assert_nothing_is_left(llm)
 
@@ -190,6 +184,4 @@ def test_a_patched_vllm_needs_no_seams(tmp_path: Path):
     """Engines of these tests assert that no seam is applied where vLLM is patched."""
     environment = os.environ | {"PYTHONPATH": f"{patched_copy(tmp_path)}{os.pathsep}{ROOT}"}
     chosen = ("-q", "-p", "no:cacheprovider", "tests/v2", "-k", "a_little_of_everything")
-    command = [sys.executable, "-m", "pytest", *chosen]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run(environment, "-m", "pytest", *chosen)

@@ -173,8 +173,9 @@ class SelfExitDrafter:
                 "such tokens no head is asked any more",
                 SILENT,
             )
-        self.silent += silent
-        self._counters.add(SILENT_TOKENS, silent)
+        if silent:
+            self.silent += silent
+            self._counters.add(SILENT_TOKENS, silent)
         return said
 
     def _lift(
