@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
+EARLY = ("early", "early-heads")
+
 
 @dataclass
 class Run:
@@ -27,6 +29,7 @@ class Run:
         split: Seconds by part of a step, if asked for.
         predicted: Seconds that the cost model expected rounds to take.
         measured: Seconds that these rounds took.
+        early: What early exits counted; see ``engine.early_exit``.
     """
 
     seconds: float
@@ -38,6 +41,7 @@ class Run:
     split: dict[str, float] = field(default_factory=dict)
     predicted: float = 0.0
     measured: float = 0.0
+    early: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -77,6 +81,26 @@ class Engine(Protocol):
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on."""
 
+    def ask(self, extra_args: dict[str, Any]) -> None:
+        """Ask for this with every request from now on."""
+
+
+LOWEST = 0.5
+"""Lowest accuracy that an engine for early exits allows."""
+
+
+def family(config: str) -> tuple[str, int | float | None]:
+    """Return what of a configuration decides its engine, and what can be changed afterwards, if anything can.
+
+    That is the draft length of fixed rules, and the accuracy of early exits.
+    """
+    name, *numbers = config.split(":")
+    if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 2)):
+        return ":".join([name, *numbers[:-1]]), int(numbers[-1])
+    if name in EARLY and len(numbers) == 2:
+        return f"{name}:{numbers[0]}", float(numbers[1])
+    return config, None
+
 
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
@@ -85,12 +109,18 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     ``heads-only:E``: the same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``:
     LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared,
     untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K
-    tokens after the longest match, which has MIN tokens to as many as ours.
+    tokens after the longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this
+    fill-in and accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``depth:N``: plain
+    decoding of the model without its layers from the N-th on.
     """
     name, *numbers = config.split(":")
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
+    if name in EARLY:
+        fill_in, _accuracy = numbers
+        lookup = {"prompt_lookup": False} if name == "early-heads" else {}
+        return ours | {"lowest_accuracy": LOWEST, "fill_in": fill_in, "check_rate": 0.05} | lookup
     match name, [int(number) for number in numbers]:
-        case "ar", []:
+        case ("ar", []) | ("depth", [_]):
             return None
         case "self-exit" | "heads-only", layers:
             chosen = {"exit_layer": layers} if layers else {}
@@ -109,7 +139,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
         f"there is no configuration {config!r}; write ar, self-exit[:LAYER], heads-only[:LAYER], entropy, "
-        "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH or transformers:LAYER"
+        "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, "
+        "early-heads:FILL:ACCURACY, depth:LAYERS or transformers:LAYER"
     )
 
 
@@ -120,8 +151,10 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        self._setup = setup
-        self._llm = LLM(
+        self._setup, self._asked = setup, dict[str, Any]()
+        name, *numbers = config.split(":")
+        shallower = {"hf_overrides": {"num_hidden_layers": int(numbers[0])}} if name == "depth" else {}
+        self._llm: Any = LLM(
             setup.model,
             dtype=setup.dtype,
             enforce_eager=not setup.compiled,
@@ -130,6 +163,7 @@ class VLLMEngine:
             enable_prefix_caching=False,
             speculative_config=speculative_config(config, setup),
             disable_log_stats=False,
+            **shallower,
         )
         self._number = 0
 
@@ -137,16 +171,11 @@ class VLLMEngine:
         """Answer all prompts; as soon as one is done the next one starts."""
         from vllm import SamplingParams
 
-        engine, tokenizer = self._llm.llm_engine, self._llm.get_tokenizer()
-        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens)
-        waiting = deque(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            for prompt in prompts
-        )
+        engine = self._llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens, extra_args=self._asked or None)
+        waiting = deque(map(self._prompt, prompts))
         first, outputs = self._number, {}
-        before, parts, expected = self._counts(), {}, self._expected()
+        before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
             started = time.perf_counter()
             running = 0
@@ -164,7 +193,8 @@ class VLLMEngine:
         drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
         answers = [outputs[number] for number in range(first, self._number)]
         predicted, measured = (now - then for now, then in zip(self._expected(), expected, strict=True))
-        return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured)
+        left = {name: count - early.get(name, 0) for name, count in self.early_counts().items()}
+        return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured, left)
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
@@ -179,6 +209,40 @@ class VLLMEngine:
             return propose(*wanted, **others)
 
         proposer.propose = limited
+
+    def ask(self, extra_args: dict[str, Any]) -> None:
+        """Ask for this with every request from now on."""
+        self._asked = extra_args
+
+    def text(self, tokens: list[int]) -> str:
+        """Return generated tokens as text."""
+        return self._llm.get_tokenizer().decode(tokens, skip_special_tokens=True)
+
+    def _prompt(self, prompt: str) -> list[int]:
+        return self._llm.get_tokenizer().apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def likelihood(self, prompts: list[str], answers: list[list[int]]) -> tuple[float, float]:
+        """Return how likely this engine finds answers, see ``benchmarks.quality.judged``."""
+        from vllm import SamplingParams
+
+        asked = [self._prompt(prompt) for prompt in prompts]
+        whole: list[Any] = [{"prompt_token_ids": [*p, *a]} for p, a in zip(asked, answers, strict=True)]
+        judged = self._llm.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        means, first, count = [], 0, 0
+        for prompt, answer, output in zip(asked, answers, judged, strict=True):
+            each = output.prompt_logprobs[len(prompt) :]
+            said = [places[token] for places, token in zip(each, answer, strict=True)]
+            means.append(sum(one.logprob for one in said) / len(said))
+            first += sum(one.rank == 1 for one in said)
+            count += len(said)
+        return sum(means) / len(means), first / count
+
+    def early_counts(self) -> dict[str, int]:
+        """Return what early exits have counted so far; empty if there are none."""
+        drafter = drafter_of(self._llm)
+        return dict(drafter.early.counts) if hasattr(drafter, "early") else {}
 
     def _expected(self) -> tuple[float, float]:
         policy = getattr(drafter_of(self._llm), "policy", None)
@@ -224,6 +288,9 @@ class TransformersEngine:
 
     def limit(self, length: int) -> None:
         """transformers chooses by itself."""
+
+    def ask(self, extra_args: dict[str, Any]) -> None:
+        """There is nothing to ask of it."""
 
 
 def runner_of(llm: Any) -> Any:

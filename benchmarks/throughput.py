@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.engines import Run, Setup, build, speculative_config
+from benchmarks.engines import Run, Setup, build, family, speculative_config
 from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
 from vllm_earlyexit.demo import cpu_environment
+from vllm_earlyexit.engine.early_exit import ACCURACY
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
@@ -46,19 +47,13 @@ class Contestant:
         """Return how long the engine took to start; what vLLM's compilation cache had is not compiled again."""
         return self._start
 
-    def run(self, concurrency: int, length: int | None, split: bool = False) -> Run:
-        """Answer all prompts, drafting at most ``length`` tokens at a time if that is a number."""
-        if length is not None:
-            self._engine.limit(length)
+    def run(self, concurrency: int, changed: int | float | None, split: bool = False) -> Run:
+        """Answer all prompts, with another draft length (int) or accuracy of early exits (float) if it is a number."""
+        if isinstance(changed, float):
+            self._engine.ask({ACCURACY: changed})
+        elif changed is not None:
+            self._engine.limit(changed)
         return self._engine.run(self._prompts, concurrency, split)
-
-
-def family(config: str) -> tuple[str, int | None]:
-    """Return what of a configuration decides its engine, and the draft length if that may be changed afterwards."""
-    name, *numbers = config.split(":")
-    if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 2)):
-        return ":".join([name, *numbers[:-1]]), int(numbers[-1])
-    return config, None
 
 
 def spread(prompts: list[str], number: int) -> list[str]:
@@ -116,11 +111,24 @@ def record(
         "accepted_at": [sum(at) for at in zip(*(run.accepted_at for run in runs), strict=True)],
         "drafts": drafts,
         "predicted_over_measured_seconds": _predicted(runs),
+        "early_exits": early_exits(first),
         "identical_outputs": sum(same) if plain else None,
         "identical_to_plain_at_smallest_concurrency": as_alone,
         "repeats": [round(value, 2) for value in speeds],
         "ratios": [round(value, 3) for value in ratios],
     }
+
+
+def early_exits(run: Run) -> dict[str, float] | None:
+    """Return the shares of tokens that left early and that agreed with the full model; None if nothing may leave."""
+    counts = run.early
+    decided = counts.get("early_tokens", 0) + counts.get("full_depth_tokens", 0)
+    if not decided:
+        return None
+    found = {"early": round(counts["early_tokens"] / decided, 4)}
+    if counts.get("checked_tokens"):
+        found["agreement"] = round(counts["agreed_tokens"] / counts["checked_tokens"], 4)
+    return found
 
 
 def _predicted(runs: list[Run]) -> float | None:
@@ -164,7 +172,7 @@ def parsed() -> argparse.Namespace:
         nargs="+",
         default=["ar", "self-exit"],
         help="ar, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], "
-        "ngram:MIN:LENGTH, transformers:LAYER.",
+        "ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, depth:LAYERS, transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")

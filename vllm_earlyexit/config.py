@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import UserDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from vllm_earlyexit.assets import shipped_heads
 from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.heads.checkpoint import HeadsConfig, load_heads, read_config
+from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, HeadsConfig, load_heads, read_config
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 from vllm_earlyexit.plugin import METHOD
 
@@ -20,6 +20,8 @@ CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
 SPELLING = "[self-exit]"
 HEADS_KEY = "self_exit_heads"  # in a model's config.json, and the folder beside it
 PolicyName = Literal["auto", "entropy", "fixed"]
+FillIn = Literal["resume", "propagate"]
+DEFAULT_ACCURACY = 0.9
 DEFAULT_DRAFT_LENGTH, AUTO_DRAFT_LENGTH = 4, 16
 MAX_DRAFT_LENGTH = 64
 
@@ -52,6 +54,31 @@ class Knobs(BaseModel):
         bool | None,
         Field(description="auto policy: where a sequence repeats itself, draft what followed before; true by default"),
     ] = None
+    mode: Annotated[
+        Literal["lossless", "early_exit"],
+        Field(description="for requests that do not ask; 'early_exit' is lossy: what a head is sure of is final"),
+    ] = "lossless"
+    early_exit_accuracy: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="mode 'early_exit': rate at which early tokens shall agree with the full model"),
+    ] = None
+    lowest_accuracy: Annotated[
+        float | None,
+        Field(
+            gt=0, lt=1, description="lowest such rate that requests may ask for; in mode lossless none may by default"
+        ),
+    ] = None
+    fill_in: Annotated[
+        FillIn,
+        Field(
+            description="KV of layers that early tokens skipped: 'resume' computes it when a later token goes deep, "
+            "'propagate' projects the hidden state at the exit"
+        ),
+    ] = "resume"
+    check_rate: Annotated[
+        float,
+        Field(ge=0, le=1, description="'propagate': share of sequences whose early tokens are checked, each step"),
+    ] = 0.05
     head: Annotated[
         Literal["trained", "shared"],
         Field(description="'shared' is LayerSkip's: final norm and lm_head, no heads needed"),
@@ -71,6 +98,11 @@ class EarlyExitConfig:
         prompt_lookup: Whether the auto policy may copy from a sequence's own text instead of drafting.
         head_shape: What of the heads shapes their compiled graphs.
         counters: Folder in which workers count what vLLM does not; see ``engine.counters``.
+        early_exit_accuracy: Rate at which early tokens shall agree with the full model, for requests that do not ask;
+            None if these are lossless.
+        lowest_accuracy: Lowest such rate that requests may ask for; None if no request may exit early.
+        fill_in: How the KV of skipped layers comes about.
+        check_rate: Share of sequences that are checked where nothing else does.
     """
 
     heads: str | None
@@ -81,6 +113,15 @@ class EarlyExitConfig:
     prompt_lookup: bool = False
     head_shape: str = "shared"
     counters: str = ""
+    early_exit_accuracy: float | None = None
+    lowest_accuracy: float | None = None
+    fill_in: FillIn = "resume"
+    check_rate: float = 0.0
+
+    @property
+    def exits_early(self) -> bool:
+        """Whether any request may exit early."""
+        return self.lowest_accuracy is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy, as it travels to vLLM's processes."""
@@ -193,12 +234,45 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None, cache: str | 
         )
     if knobs.head == "shared":
         return _resolve_shared(knobs)
+    early = _resolve_early_exit(knobs)
     model_print = fingerprint(folder)
     where = _find_heads(knobs.model, folder, model_print, cache)
     heads = read_config(where)
     _check_belongs(heads, where, model, model_print)
     load_heads(where)  # a damaged file is found here, before the model loads
-    return _resolve_trained(knobs, heads, where)
+    config = _resolve_trained(knobs, heads, where, early=bool(early))
+    if early and not all(_mapped(heads.exit(layer)) for layer in config.exit_layers):
+        raise EarlyExitError(
+            f"self-exit: the heads in {where} lack the calibration for early exits; run 'vllm-earlyexit calibrate'"
+        )
+    return replace(config, **early)
+
+
+def _resolve_early_exit(knobs: Knobs) -> dict[str, Any]:
+    """Return the fields of ``EarlyExitConfig`` on early exits; none if there are none."""
+    accuracy, lowest = knobs.early_exit_accuracy, knobs.lowest_accuracy
+    if knobs.mode == "lossless" and accuracy is not None:
+        raise EarlyExitError("self-exit: early_exit_accuracy belongs to mode='early_exit'; set that too, or drop it")
+    if knobs.mode == "early_exit":
+        accuracy = accuracy or max(DEFAULT_ACCURACY, lowest or 0.0)
+        lowest = lowest or accuracy
+        if accuracy < lowest:
+            raise EarlyExitError(f"self-exit: early_exit_accuracy={accuracy:g} is below lowest_accuracy={lowest:g}")
+    if lowest is None:
+        if knobs.fill_in != "resume":
+            raise EarlyExitError("self-exit: fill_in needs early exits; set mode='early_exit' or lowest_accuracy")
+        return {}
+    rate = knobs.check_rate if knobs.fill_in == "propagate" else 0.0
+    return {
+        "early_exit_accuracy": accuracy,
+        "lowest_accuracy": lowest,
+        "fill_in": knobs.fill_in,
+        "check_rate": rate,
+    }
+
+
+def _mapped(head: ExitHeadConfig) -> bool:
+    return head.calibration is not None and bool(head.calibration.positions)
 
 
 def _asked_layers(knobs: Knobs) -> tuple[int, ...]:
@@ -211,6 +285,8 @@ def _resolve_shared(knobs: Knobs) -> EarlyExitConfig:
     if knobs.model is not None:
         raise EarlyExitError("self-exit: head='shared' uses no trained heads; drop either 'model' or 'head'")
     _check_lookup(knobs, "fixed")
+    if knobs.mode == "early_exit" or knobs.lowest_accuracy is not None:
+        raise EarlyExitError("self-exit: head='shared' is not calibrated, which early exits need; drop either")
     layers = _asked_layers(knobs)
     if not layers:
         raise EarlyExitError("self-exit: head='shared' needs exit_layer, since there is no calibration to choose it")
@@ -230,16 +306,16 @@ def _check_lookup(knobs: Knobs, policy: str) -> None:
         raise EarlyExitError("self-exit: prompt_lookup belongs to policy='auto'; drop it or change the policy")
 
 
-def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
+def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path, *, early: bool) -> EarlyExitConfig:
     best = heads.recommended
     layers = _asked_layers(knobs) or (best.exit_layer if best else heads.exits[0].exit_layer,)
     exits = [heads.exit(layer) for layer in layers]
     calibrated = all(e.calibration is not None for e in exits)
-    mapped = all(e.calibration is not None and e.calibration.positions for e in exits)
+    mapped = all(map(_mapped, exits))
     policy = knobs.policy or _default_policy(knobs, calibrated=calibrated, mapped=mapped)
     _check_one(layers, policy)
     length = best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH
-    length = AUTO_DRAFT_LENGTH if policy == "auto" else length
+    length = AUTO_DRAFT_LENGTH if policy == "auto" or early else length
     draft_length = knobs.num_speculative_tokens or length
     if policy != "entropy" and knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")
@@ -253,7 +329,7 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
         accuracy = knobs.target_accuracy or (best.target_accuracy if best else 0.7)
         thresholds = tuple(e.calibration.threshold(accuracy) for e in exits if e.calibration is not None)
     if policy == "auto" and knobs.exit_layer is None:
-        exits = [e for e in heads.exits if e.calibration is not None and e.calibration.positions]
+        exits = [*filter(_mapped, heads.exits)]
     shape = ", ".join(f"{e.kind} {e.intermediate_size} {heads.draft_vocab_size}" for e in exits)
     layers = tuple(e.exit_layer for e in exits)
     lookup = policy == "auto" and knobs.prompt_lookup is not False

@@ -27,8 +27,8 @@ def draft_from_each_exit_in_turn(policy: Any) -> None:
     assert len(policy.times) > 1
     policy.times = [CHEAP] * len(policy.times)
 
-    def begin_elsewhere(num_seqs: int, lookup: Any) -> bool:
-        drafts = begin(num_seqs, lookup)
+    def begin_elsewhere(*arguments: Any) -> bool:
+        drafts = begin(*arguments)
         policy.exit = next(exits)
         return drafts
 

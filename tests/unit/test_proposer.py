@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.rounds import Round, SelfExit, Verified
+from vllm_earlyexit.engine.rounds import Round, Sampled, SelfExit, Verified
 
 
 class Listener:
@@ -37,7 +37,8 @@ def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before
     ours.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
     places = [0] * len(before)
     rows = {id(requests[name]): row for row, name in enumerate(before)}
-    ours._verifying = Round(Frontier(places, places, places, "cpu"), rows, []) if before else None
+    sampled = [Sampled(row, requests[name], 0, 0, 0) for row, name in enumerate(before)]
+    ours._verifying = Round(Frontier(places, places, places, "cpu"), rows, sampled) if before else None
     batch = [requests[name] for name in now]
     ours.learn([Verified(request, *of) for request, of in zip(batch, [(3, 1), (2, 2)], strict=False)], batch)
     assert policy.told == told

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.drafter import Pending
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.rounds import Round, Sampled
@@ -41,6 +42,7 @@ class Engine:
         self.pending: dict[tuple[int, int, int], int] = {}
         self.verified: Pending | None = None
         self.proposer = SelfExitProposer.__new__(SelfExitProposer)
+        self.proposer.config = EarlyExitConfig(None, (1,), LONGEST, "fixed")
         self.proposer._round = self.proposer._verifying = None
         self.proposer.drafter = SimpleNamespace(verify=self.verify)  # type: ignore[assignment]
         self.resumed = 0

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,10 +186,16 @@ class Acceptance:
             return None
         return np.where(np.isnan(entropy), 0.0, np.interp(entropy, self._entropy[n], self._deeper[n]))
 
-    def spread(self, position: int) -> np.ndarray:
-        """Return equally likely acceptance probabilities of a token yet to be drafted at ``position``."""
+    def spread(self, position: int, leaving: float = -math.inf) -> np.ndarray:
+        """Return equally likely acceptance probabilities of a token yet to be drafted at ``position``.
+
+        Args:
+            position: Its draft position.
+            leaving: Nats up to which such a token leaves and is accepted in any case.
+        """
         n = min(position, len(self._probability) - 1)
-        return np.clip(self._probability[n] * self.correction, 0.0, 1.0)
+        corrected = np.clip(self._probability[n] * self.correction, 0.0, 1.0)
+        return np.where(self._entropy[n] <= leaving, 1.0, corrected)
 
     def learn(self, expected: float, accepted: bool) -> None:
         """Take note of one verified draft token that was expected to be accepted with probability ``expected``."""

@@ -15,7 +15,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 PREFIX = "vllm:self_exit_"
 SILENT_TOKENS = "silent_tokens"
-MEANING = {SILENT_TOKENS: "Tokens about which exit heads said nothing, because their logits were not numbers."}
+EARLY_TOKENS, FULL_DEPTH_TOKENS = "early_tokens", "full_depth_tokens"
+CHECKED_TOKENS, AGREED_TOKENS = "checked_tokens", "agreed_tokens"
+MEANING = {
+    SILENT_TOKENS: "Tokens about which exit heads said nothing, because their logits were not numbers.",
+    EARLY_TOKENS: "Tokens that left early, by exit.",
+    FULL_DEPTH_TOKENS: "Other tokens of requests that may exit early.",
+    CHECKED_TOKENS: "Tokens that left early and were compared with the full model's choice.",
+    AGREED_TOKENS: "Those of them that are the full model's choice.",
+}
+BY_EXIT = frozenset({EARLY_TOKENS})
 VLLM_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set where vLLM, or its user, has such a folder already
 
 
@@ -42,13 +51,13 @@ class Counters:
 
     def __init__(self, where: str):
         self._file = _file(Path(where) / f"counter_selfexit{os.getpid()}.db") if Path(where).is_dir() else None
-        for name in MEANING:
+        for name in MEANING.keys() - BY_EXIT:
             self.add(name, 0)
 
-    def add(self, name: str, count: int) -> None:
-        """Count some more of what ``MEANING`` names."""
+    def add(self, name: str, count: int, **labels: str) -> None:
+        """Count some more of what ``MEANING`` names; of what is ``BY_EXIT`` with a label ``exit_layer``."""
         if self._file is not None:
-            key = mmap_key(PREFIX + name, f"{PREFIX}{name}_total", [], [], MEANING[name])
+            key = mmap_key(PREFIX + name, f"{PREFIX}{name}_total", [*labels], [*labels.values()], MEANING[name])
             self._file.write_value(key, self._file.read_value(key)[0] + count, 0.0)
 
 

@@ -1,5 +1,6 @@
 """Drafting with the first segment and an exit head; free of model runners."""
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,11 +16,12 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.counters import SILENT_TOKENS, Counters
+from vllm_earlyexit.engine.early_exit import NEVER, EarlyExits, Left
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
-from vllm_earlyexit.engine.head import Asked, CompiledExit, DraftVocab, Head, SharedExit
+from vllm_earlyexit.engine.head import ABSENT, Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
-from vllm_earlyexit.engine.policy import Decision, Policy, build_policy
+from vllm_earlyexit.engine.policy import Decision, Policy, RowLimits, build_policy
 from vllm_earlyexit.engine.ranks import agreed
 from vllm_earlyexit.heads.checkpoint import load_heads
 
@@ -33,6 +35,39 @@ KVContext = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Abstract
 all these tokens, int64 [num_tokens], a forward context of them."""
 
 
+HeadSampler = Callable[[Sequence[int], torch.Tensor, Sequence[Sequence[int]]], torch.Tensor]
+"""From some of a round's rows, a head's logits for each, float32 [n, vocab_size], and what is drafted for each so far,
+to the tokens that these requests sample from such logits, int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """How tokens of a round may leave early.
+
+    Attributes:
+        limits: Of each sequence, up to which entropy; None for those that decode losslessly.
+        greedy: Which sequences take a head's first choice.
+        sample: For the others.
+    """
+
+    limits: RowLimits
+    greedy: Sequence[bool]
+    sample: HeadSampler
+
+    def final(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, position: int) -> torch.Tensor:
+        """Return whose tokens leave, bool [n].
+
+        Args:
+            rows: The sequences, int64 [n].
+            entropy: Of their heads' choices, in nats, [n].
+            cut: The exit.
+            position: Their draft position.
+        """
+        asked = [self.limits[row] for row in rows.tolist()]
+        limits = [NEVER if limit is None else limit.at(cut, position) for limit in asked]
+        return entropy <= torch.tensor(limits, device=entropy.device)
+
+
 @dataclass(frozen=True)
 class Pending:
     """What of a batch is pending.
@@ -41,10 +76,13 @@ class Pending:
         states: Hidden states of the pending tokens, at their cuts, by name, each [num_pending, hidden_size].
         passed: How many segments each of the batch's num_tokens tokens has passed: none, if it is not pending. Within a
             sequence it never rises.
+        skipping: Indices into the batch of pending tokens that skip the layers above: the first ones of their
+            sequences, behind which there are others.
     """
 
     states: dict[str, torch.Tensor]
     passed: Sequence[int]
+    skipping: Sequence[int] = ()
 
 
 @dataclass
@@ -62,6 +100,20 @@ class Exit:
     above: Sequence[Segment]
 
 
+def _left(
+    rows: torch.Tensor, cut: int, keep: torch.Tensor, final: torch.Tensor | None, leaving: Leaving | None
+) -> dict[int, Left]:
+    """Return which of some sequences' tokens leave."""
+    if leaving is None or final is None:
+        return {}
+    found = {}
+    for row in rows[keep & final].tolist():
+        limits = leaving.limits[row]
+        assert limits is not None
+        found[row] = Left(cut, limits.agreement)
+    return found
+
+
 class SelfExitDrafter:
     """Drafts tokens for a batch of sequences, each until its policy or its limit says stop, and verifies them.
 
@@ -77,12 +129,16 @@ class SelfExitDrafter:
         if config.heads is None:
             heads: list[Head] = [SharedExit(model)]
             self.policy: Policy = build_policy(config, [])
+            self.early = EarlyExits(config, [])
         else:
             found = load_heads(Path(config.heads))
             layers = config.exit_layers
             vocab = DraftVocab.of(vllm_config, model, found.draft_vocab)
             heads = [CompiledExit(vllm_config, model, layer, found.modules[layer], vocab) for layer in layers]
-            self.policy = build_policy(config, [found.config.exit(layer) for layer in layers])
+            of_exits = [found.config.exit(layer) for layer in layers]
+            self.policy = build_policy(config, of_exits)
+            calibrations = [one.calibration for one in of_exits]
+            self.early = EarlyExits(config, [() if one is None else one.positions for one in calibrations])
         self._prompt_lookup = config.prompt_lookup
         self.silent = 0
         """Tokens about which a head's logits were not numbers."""
@@ -95,6 +151,7 @@ class SelfExitDrafter:
         previous: Callable[[], torch.Tensor],
         kv_context: KVContext,
         repeat: Callable[[int, Sequence[int]], Repeat],
+        leaving: Leaving | None = None,
     ) -> list[list[int]]:
         """Draft until every sequence has stopped; return the drafted tokens of each.
 
@@ -105,7 +162,9 @@ class SelfExitDrafter:
             kv_context: Where a step's KV is.
             repeat: From a row and tokens drafted for it to what followed when these and the newest tokens before them
                 last occurred in the sequence.
+            leaving: How tokens may leave early; None if none may.
         """
+        limits = () if leaving is None else leaving.limits
         found: list[Repeat] = []
 
         def lookup() -> list[Repeat]:
@@ -118,26 +177,37 @@ class SelfExitDrafter:
             return {row: found[row].tokens[:count] for row, count in counts.items()}
 
         def begin() -> tuple[bool, int, dict[int, Sequence[int]]]:
-            ask = self.policy.begin(frontier.num_seqs, lookup)
+            ask = self.policy.begin(frontier.num_seqs, lookup, limits)
             return ask and self.silent < SILENT, self.policy.exit, copies(self.policy.copied)
 
         ask, exit_, copied = agreed(begin)
         frontier.copy(copied)
         if ask:
-            self._ask(frontier, exit_, previous(), kv_context)
+            self._ask(frontier, exit_, previous(), kv_context, leaving)
             frontier.copy(agreed(lambda: copies(self.policy.append(lookup))))
         return frontier.drafts()
 
-    def _ask(self, frontier: Frontier, exit_: int, previous: torch.Tensor, kv_context: KVContext) -> None:
-        """Draft from an exit, and perhaps later ones, until every sequence has stopped; for ``previous`` see above."""
-        while (step := frontier.step) is not None:
-            cut, before = exit_, of_rows(previous, step.rows)
+    def _ask(
+        self,
+        frontier: Frontier,
+        exit_: int,
+        previous: torch.Tensor,
+        kv_context: KVContext,
+        leaving: Leaving | None,
+    ) -> None:
+        """Draft from an exit, and perhaps later ones, until every sequence has stopped; arguments as above."""
+        for position in itertools.count():
+            if (step := frontier.step) is None:
+                break
+            cut, before, left = exit_, of_rows(previous, step.rows), dict[int, Left]()
             with kv_context(step.rows, None, step.positions):
                 at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
                 assert isinstance(at_cut, IntermediateTensors)
                 asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
             frontier.keep(at_cut.tensors, cut)
-            tokens, decision = self._decide(step.rows, asked, cut)
+            asked, final = self._leave(step.rows, asked, cut, position, frontier, leaving)
+            tokens, decision = self._decide(step.rows, asked, cut, final)
+            left |= _left(step.rows, cut, decision.keep, final, leaving)
             features, keep = asked.features, decision.keep
             unsure = None
             while decision.deeper is not None and bool(decision.deeper.any()):
@@ -145,20 +215,45 @@ class SelfExitDrafter:
                 unsure = deeper if unsure is None else unsure[deeper]
                 asked = self._lift(frontier, step.rows[unsure], cut, before[unsure], kv_context)
                 cut += 1
-                instead, decision = self._decide(step.rows[unsure], asked, cut)
+                asked, final = self._leave(step.rows[unsure], asked, cut, position, frontier, leaving)
+                instead, decision = self._decide(step.rows[unsure], asked, cut, final)
+                left |= _left(step.rows[unsure], cut, decision.keep, final, leaving)
                 features = features.index_copy(0, unsure, asked.features)
                 tokens = tokens.index_copy(0, unsure, instead)
                 keep = keep.index_copy(0, unsure, decision.keep)
             previous.index_copy_(0, step.rows, features)
-            frontier.advance(tokens, keep)
+            frontier.advance(tokens, keep, left)
             if not decision.go_on:
                 break
 
-    def _decide(self, rows: torch.Tensor, asked: Asked, cut: int) -> tuple[torch.Tensor, Decision]:
+    def _leave(
+        self, rows: torch.Tensor, asked: Asked, cut: int, position: int, frontier: Frontier, leaving: Leaving | None
+    ) -> tuple[Asked, torch.Tensor | None]:
+        """Return what a head says after requests that leave have sampled from it, and who leaves, bool [n], if any may.
+
+        A token that a head does not know cannot leave.
+        """
+        if leaving is None:
+            return asked, None
+        final = agreed(lambda: leaving.final(rows, asked.entropy, cut, position))
+        who = rows.tolist()
+        at = [n for n, leaves in enumerate(final.tolist()) if leaves and not leaving.greedy[who[n]]]
+        if not at:
+            return asked, final
+        index, drafts = torch.tensor(at, device=final.device), frontier.drafts()
+        logits = self.exits[cut].head.logits(asked.features[index])
+        tokens = leaving.sample([who[n] for n in at], logits, [drafts[who[n]] for n in at])
+        known = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) > ABSENT
+        tokens = torch.where(known, tokens, asked.token_ids[index])
+        return asked._replace(token_ids=asked.token_ids.index_copy(0, index, tokens)), final.index_copy(0, index, known)
+
+    def _decide(
+        self, rows: torch.Tensor, asked: Asked, cut: int, final: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Decision]:
         """Return what is drafted for some sequences after a head was asked, int64 [n], and what to do with it."""
 
         def decide() -> tuple[torch.Tensor, Decision]:
-            decision = self.policy.decide(rows, asked.entropy, cut)
+            decision = self.policy.decide(rows, asked.entropy, cut, final)
             return asked.token_ids, replace(decision, keep=decision.keep & self._said(asked))
 
         return agreed(decide)
@@ -219,8 +314,15 @@ class SelfExitDrafter:
                 has any, its last ones.
 
         Returns:
-            Hidden states after the final norm, [num_tokens, hidden_size].
+            Hidden states after the final norm, [num_tokens, hidden_size]; zeros for tokens that skip layers.
         """
+        if pending.skipping:
+            return self._verify_others(input_ids, positions, pending, context)
+        segments = [*self.exits[-1].below, *self.exits[-1].above]
+        if not any(pending.passed):
+            whole = run_segments(segments, input_ids, positions)
+            assert isinstance(whole, torch.Tensor)
+            return whole
         joined, at = pending.states, [n for n, passed in enumerate(pending.passed) if passed]
         if len(at) < len(positions):
             places = torch.tensor(at, device=positions.device)
@@ -228,7 +330,6 @@ class SelfExitDrafter:
                 name: states.new_empty(len(positions), *states.shape[1:]).index_copy_(0, places, states)
                 for name, states in pending.states.items()
             }
-        segments = [*self.exits[-1].below, *self.exits[-1].above]
         joins = sorted({*pending.passed})
         for start, end in pairwise(joins):
             low = [n for n, passed in enumerate(pending.passed) if passed <= start]
@@ -242,6 +343,33 @@ class SelfExitDrafter:
         final = run_segments(segments[joins[-1] :], None, positions, IntermediateTensors(joined))
         assert isinstance(final, torch.Tensor)
         return final
+
+    def _verify_others(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        pending: Pending,
+        context: Callable[[Sequence[int]], AbstractContextManager[None]],
+    ) -> torch.Tensor:
+        """Fill in the KV of tokens that skip layers, then verify the others; see ``verify``."""
+        skipping = set(pending.skipping)
+        others = [n for n in range(len(positions)) if n not in skipping]
+        standing = [n for n, passed in enumerate(pending.passed) if passed]
+        segments = [*self.exits[-1].below, *self.exits[-1].above]
+        for passed in sorted({pending.passed[n] for n in skipping}):
+            filled = [n for n in pending.skipping if pending.passed[n] == passed]
+            kept = torch.tensor([standing.index(n) for n in filled], device=positions.device)
+            state = IntermediateTensors({name: states[kept] for name, states in pending.states.items()})
+            with context(filled):
+                self._model.fill_in(segments[passed].start, residual_stream(state), positions[filled])
+        kept = torch.tensor([at for at, n in enumerate(standing) if n not in skipping], device=positions.device)
+        rest = Pending(
+            {name: states[kept] for name, states in pending.states.items()}, [pending.passed[n] for n in others]
+        )
+        index = torch.tensor(others, device=positions.device)
+        with context(others):
+            final = self.verify(input_ids[index], positions[index], rest, lambda low: context([others[n] for n in low]))
+        return final.new_zeros(len(positions), *final.shape[1:]).index_copy_(0, index, final)
 
     def timed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> list[float]:
         """Run every part of a step over [n] tokens in their forward context; return the seconds of ``PartTimes``.

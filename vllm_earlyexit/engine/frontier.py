@@ -9,11 +9,17 @@ runners, models or devices beyond the tensors it is given.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from vllm_earlyexit.engine.early_exit import Left
+
 States = Mapping[str, torch.Tensor]
 """Hidden states at a cut by name, as vLLM's ``IntermediateTensors`` has them, each [num_tokens, hidden_size]."""
+
+
+NONE: Mapping[int, Left] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Frontier:
         self._first, self._limits, self._device = positions, limits, device
         self._tokens: list[list[int]] = [[token] for token in last_tokens]
         self._cuts: list[list[int]] = [[] for _ in self._tokens]
+        self._left: list[dict[int, Left]] = [{} for _ in self._tokens]
         self._columns = max(limits, default=-1) + 1
         self._states: dict[str, torch.Tensor] = {}
         self._go_on([row for row, limit in enumerate(limits) if limit > 0])
@@ -142,13 +149,16 @@ class Frontier:
         for row, count in zip(standing.rows, standing.counts.tolist(), strict=True):
             self._cuts[row][-count:] = [cut] * count
 
-    def advance(self, drafted: torch.Tensor, keep: torch.Tensor) -> None:
+    def advance(self, drafted: torch.Tensor, keep: torch.Tensor, left: Mapping[int, Left] = NONE) -> None:
         """Record what the exit head says after the current step.
 
         Args:
             drafted: The head's choice for each row of the step, int [n].
             keep: Whether it is sure enough to be drafted, bool [n]; a sequence stops at its first False.
+            left: Rows whose token is kept and leaves: it is not drafted but final.
         """
+        for row, token in left.items():
+            self._left[row][len(self._tokens[row]) - 1] = token
         kept = [item for item in zip(self._rows, drafted.tolist(), keep.tolist(), strict=True) if item[2]]
         for row, token, _ in kept:
             self._tokens[row].append(token)
@@ -164,7 +174,15 @@ class Frontier:
 
     def drafts(self) -> list[list[int]]:
         """Return the drafted tokens of each sequence, possibly none."""
-        return [tokens[1:] for tokens in self._tokens]
+        return [self.draft(row) for row in range(len(self._tokens))]
+
+    def draft(self, row: int) -> list[int]:
+        """Return the drafted tokens of a sequence, possibly none."""
+        return self._tokens[row][1:]
+
+    def left(self, row: int) -> Mapping[int, Left]:
+        """Return which tokens of a sequence's draft, counted from 0, are final if all before them are kept."""
+        return self._left[row]
 
     def pending(self, row: int) -> list[int]:
         """Return the pending tokens of a sequence, from its newest token on."""

@@ -12,11 +12,14 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from vllm_earlyexit.engine.models import decoder_stack
+from vllm_earlyexit.engine.models import decoder_stack, query_key_value
 from vllm_earlyexit.engine.ranks import gathered, own_part, rows_of
 from vllm_earlyexit.heads.checkpoint import as_int8
 from vllm_earlyexit.heads.modules import Context
 from vllm_earlyexit.heads.uncertainty import entropy
+
+ABSENT = -1e4
+"""Logit of tokens that a head cannot draft: finite, so that a mask on all others shows."""
 
 
 class Asked(NamedTuple):
@@ -45,6 +48,9 @@ class Head(Protocol):
             previous: The features, or the final hidden states, of the tokens before them, [n, hidden_size].
         """
 
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits of features [n, hidden_size], float32 [n, vocab_size]; ``ABSENT`` where it cannot draft."""
+
 
 class SharedExit:
     """LayerSkip's head: the model's final norm and lm_head. It has no calibration, so its entropy is said to be 0."""
@@ -57,6 +63,10 @@ class SharedExit:
         features = self._model.final_norm(hidden)
         best = self._model.compute_logits(features).max(dim=-1)
         return Asked(features, best.indices, best.values.float() * 0)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """See ``Head``."""
+        return self._model.compute_logits(features).float()
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,7 @@ class PagedLastLayer:
     def attend(self, query: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         """Attend with queries [n, query_size]; return [n, query_size]."""
         attention = self.layer.self_attn
-        qkv, _ = attention.qkv_proj(normed)
-        _, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        _, key, value = query_key_value(attention, normed)
         query, key = attention.rotary_emb(self.positions, own_part(query, attention.q_size), key)
         return gathered(attention.attn(query, key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0)))
 
@@ -162,12 +171,20 @@ class CompiledExit:
         name = f"{TrainedExit.__name__}{layer}"
         forward.__qualname__ = f"{name}.forward"
         own: Any = type(name, (TrainedExit,), {"forward": forward, "__module__": __name__})
+        self._vocab, self._vocab_size = vocab, vllm_config.model_config.get_vocab_size()
         with set_current_vllm_config(vllm_config), set_model_tag(f"exit_head_{layer}"):
             self.exit = own(vllm_config=vllm_config, model=model, module=module, vocab=vocab)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
         """Ask the head; see ``Head``."""
         return Asked(*self.exit(hidden, positions, previous))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """See ``Head``."""
+        known = self.exit.logits(features).float()
+        if self._vocab is None:
+            return known
+        return known.new_full((len(known), self._vocab_size), ABSENT).index_copy_(1, self._vocab.token_ids, known)
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:

@@ -11,6 +11,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.engine.seams import pipeline_stage
@@ -130,6 +131,12 @@ def decoder_stack(model: nn.Module) -> tuple[str, Any]:
     raise EarlyExitError(f"self-exit: {type(model).__name__} has no layer range to cut; it is not a pipeline model")
 
 
+def query_key_value(attention: Any, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what an attention module projects [n, hidden_size] to: [n, q_size] and twice [n, kv_size]."""
+    qkv, _ = attention.qkv_proj(normed)
+    return qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+
+
 def residual_stream(at_cut: IntermediateTensors) -> torch.Tensor:
     """Return the hidden states at a cut, [num_tokens, hidden_size], as transformers reports them per layer.
 
@@ -182,6 +189,24 @@ class ExitMixin:
 
     def at_cut(self, layer: int, state: IntermediateTensors) -> None:
         """Called by ``forward`` with what passes the cut after ``layer`` layers; does nothing here."""
+
+    def fill_in(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> None:
+        """Write the KV that layers would write if they got the hidden states at a cut, within a forward context.
+
+        Every layer's own norm, K/V projection and rotary embedding are applied; no attention, no MLP.
+
+        Args:
+            layer: How many layers the tokens have passed; those from there on are filled in.
+            hidden: [n, hidden_size].
+            positions: int64 [n].
+        """
+        for skipped in decoder_stack(self)[1].layers[layer:]:  # type: ignore[arg-type]
+            attention = skipped.self_attn
+            query, key, value = query_key_value(attention, skipped.input_layernorm(hidden))
+            _, key = attention.rotary_emb(positions, query, key)
+            inner = attention.attn
+            heads = (len(hidden), inner.num_kv_heads, -1)
+            unified_kv_cache_update(key.reshape(heads), value.reshape(heads), inner.layer_name)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the model's own final norm to [num_tokens, hidden_size]."""

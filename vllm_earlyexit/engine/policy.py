@@ -14,6 +14,7 @@ import torch
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.cost import Acceptance, Copying, StepTimes
+from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 
@@ -28,6 +29,7 @@ SEEN, CERTAIN = 4, 3.0
 """Rounds of either kind before they are compared, and by how many standard errors drafting must be slower to stop."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
+MOST_TABLES = 1024
 TOLERANCE = 0.05
 """Change of what values depend on from which on they are tabulated anew."""
 
@@ -116,6 +118,21 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """A token that a head drafted.
+
+    Attributes:
+        cut: At which exit.
+        expected: Probability that it is kept if all before it are.
+        final: Whether it left, so that verification keeps it.
+    """
+
+    cut: int
+    expected: float
+    final: bool
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to do after a draft step.
 
@@ -131,6 +148,7 @@ class Decision:
 
 
 Lookup = Callable[[], Sequence[Repeat]]
+RowLimits = Sequence[Limits | None]
 
 
 def nothing() -> Sequence[Repeat]:
@@ -151,21 +169,25 @@ class Policy(Protocol):
     def copied(self) -> Mapping[int, int]:
         """Sequences that are not drafted for in this round but repeat themselves, and for how many tokens."""
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Start a round over ``num_seqs`` sequences; return whether to ask the head about those that are not copied.
 
         Args:
             num_seqs: How many there are.
             lookup: Tells of each what followed when its newest tokens last occurred.
+            limits: Of each, up to which entropy its tokens leave; None if they never do. By default nobody's do.
         """
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
+    def decide(
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+    ) -> Decision:
         """Decide what to do with the newest tokens of some sequences.
 
         Args:
             rows: The sequences, int64 [n].
             entropy: Of the head's choices, in nats, [n].
             cut: Which exit's head was asked; a later one than ``exit`` for tokens that went deeper in the same step.
+            final: Which tokens leave, bool [n]: what verification says of these does not matter. None if none do.
         """
 
     def append(self, lookup: Lookup) -> Mapping[int, int]:
@@ -188,11 +210,13 @@ class FixedPolicy:
     exit = 0
     copied: Mapping[int, int] = MappingProxyType({})
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Return True, and copy nothing."""
         return True
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
+    def decide(
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+    ) -> Decision:
         """Keep every token and go on."""
         return Decision(torch.ones_like(rows, dtype=torch.bool))
 
@@ -219,10 +243,13 @@ class EntropyPolicy(FixedPolicy):
     def __init__(self, thresholds: Sequence[float]):
         self.thresholds = thresholds
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
-        """Keep tokens whose entropy is at most the threshold; an entropy that is not a number stops the draft."""
-        limit = self.thresholds[cut]
-        return Decision(entropy <= limit, deeper=entropy > limit if cut + 1 < len(self.thresholds) else None)
+    def decide(
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+    ) -> Decision:
+        """Keep final tokens and those up to the threshold; an entropy that is not a number stops the draft."""
+        keep = entropy <= self.thresholds[cut]
+        keep = keep if final is None else keep | final
+        return Decision(keep, deeper=~keep & ~entropy.isnan() if cut + 1 < len(self.thresholds) else None)
 
 
 class AutoPolicy:
@@ -267,8 +294,9 @@ class AutoPolicy:
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
-        self._values: dict[tuple[int, int], tuple[tuple[float, float], list[np.ndarray]]] = {}
-        self._drafted: dict[int, list[tuple[int, float]]] = {}
+        self._values: dict[tuple[int, int, Limits | None], tuple[tuple[float, float], list[np.ndarray]]] = {}
+        self._drafted: dict[int, list[Drafted]] = {}
+        self._limits: RowLimits = ()
         self._around: float | None = None
         self._overhead = self._spent = self._appended = self._began = self._rate = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
@@ -277,12 +305,12 @@ class AutoPolicy:
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Start a round; return whether asking the head once is expected to pay."""
         if self.times is None:
             return False
         self._close()
-        self._copies, self._fast = {}, False
+        self._copies, self._fast, self._limits = {}, False, limits or [None] * num_seqs
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._reached = np.ones(num_seqs)
         self._rate = self._reachable()
@@ -294,12 +322,13 @@ class AutoPolicy:
             return False
         if not seen.drafts():
             return False
-        worth = self._choose_exit(num_seqs)
+        rows = np.arange(num_seqs)
+        worth = self._choose_exit(rows)
         self._copies = self._worth_copying(lookup(), self._reached, drafting=max(0.0, worth / num_seqs))
         self._fast = bool(self._copies)
         if self._fast:
             self._spent += self._copy(self._copies)
-            worth = self._choose_exit(num_seqs - len(self._copies))
+            worth = self._choose_exit(rows[[row not in self._copies for row in rows.tolist()]])
         asked = worth > 0
         if not asked:
             self._overhead *= Acceptance.FORGET
@@ -313,12 +342,12 @@ class AutoPolicy:
         """See ``Policy``."""
         return {row: copy.count for row, copy in self._copies.items()}
 
-    def _choose_exit(self, num_seqs: int) -> float:
-        """Choose where to ask the head about so many sequences; return what that is worth, in tokens."""
+    def _choose_exit(self, rows: np.ndarray) -> float:
+        """Choose where to ask the head about these sequences; return what that is worth, in tokens."""
         assert self.times is not None
-        if num_seqs == 0:
+        if len(rows) == 0:
             return 0.0
-        worth = [self._worth_of(number, num_seqs) for number in range(len(self.times))]
+        worth = [self._worth_of(number, rows) for number in range(len(self.times))]
         self.exit = int(np.argmax(worth))
         return worth[self.exit]
 
@@ -369,28 +398,32 @@ class AutoPolicy:
         self._copies |= found
         return {row: copy.count for row, copy in found.items()}
 
-    def decide(self, rows: torch.Tensor, entropy: torch.Tensor, cut: int) -> Decision:
+    def decide(
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+    ) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
         at, unsure = rows.cpu().numpy(), entropy.cpu().numpy()
         if cut == self.exit:
             self._step += 1
-            self._kept = np.empty(0)
+            self._kept, self._kept_rows = np.empty(0), np.empty(0, dtype=int)
         before = self._reached[at]
-        probability = self._acceptances[cut].of(self._step, unsure)
+        leaves = np.zeros(len(at), dtype=bool) if final is None else final.cpu().numpy()
+        probability = np.where(leaves, 1.0, self._acceptances[cut].of(self._step, unsure))
         reached = before * probability
         self._asked += 1
         self._spent += self._head(len(at), cut)
-        later = np.maximum(self._asking(reached, self._step + 1), 0)
+        later = np.maximum(self._asking(at, reached, self._step + 1), 0)
         added = self._added(np.arange(1, len(at) + 1))
         kept = np.zeros(len(at), dtype=bool)
         kept[self._together(reached + later, added)] = True
         self._reached[at[kept]] = reached[kept]
-        for row, expected in zip(at[kept].tolist(), probability[kept].tolist(), strict=True):
-            self._drafted.setdefault(row, []).append((cut, expected))
+        for row, expected, leaf in zip(at[kept].tolist(), probability[kept].tolist(), leaves[kept], strict=True):
+            self._drafted.setdefault(row, []).append(Drafted(cut, expected, bool(leaf)))
         self._spent += float(self._added(int(kept.sum())))
         self._tokens += int(kept.sum())
         self._kept = np.concatenate([self._kept, reached[kept]])
-        go_on = len(self._kept) > 0 and bool(self._asking(self._kept, self._step + 1).sum() > 0)
+        self._kept_rows = np.concatenate([self._kept_rows, at[kept]])
+        go_on = len(self._kept) > 0 and bool(self._asking(self._kept_rows, self._kept, self._step + 1).sum() > 0)
         deeper = ~kept & self._go_deeper(before * ~kept, unsure, cut)
         return Decision(
             torch.from_numpy(kept).to(rows.device),
@@ -428,10 +461,11 @@ class AutoPolicy:
         copy = self._copies.get(row)
         if copy is not None and copy.behind <= min(accepted, verified - 1):
             self._copying.learn(copy.length, verified - copy.behind, accepted - copy.behind)
-        for n, (cut, expected) in enumerate(self._drafted.get(row, [])[:verified]):
+        for n, token in enumerate(self._drafted.get(row, [])[:verified]):
             if n > accepted:
                 return
-            self._acceptances[cut].learn(expected, n < accepted)
+            if not token.final:
+                self._acceptances[token.cut].learn(token.expected, n < accepted)
 
     def interrupt(self) -> None:
         """See ``Policy``."""
@@ -451,10 +485,10 @@ class AutoPolicy:
         assert self.times is not None
         return self.times[self.exit]
 
-    def _worth_of(self, number: int, num_seqs: int) -> float:
-        """Return what asking an exit's head about so many sequences is worth at the start of a round, in tokens."""
+    def _worth_of(self, number: int, rows: np.ndarray) -> float:
+        """Return what asking an exit's head about these sequences is worth at the start of a round, in tokens."""
         self.exit = number
-        return float(self._asking(np.ones(num_seqs), 0).sum())
+        return float(self._asking(rows, np.ones(len(rows)), 0).sum())
 
     def _reachable(self) -> float:
         """Return the batch's tokens per second: plain decoding's, or what drafting reached, if that is more."""
@@ -496,7 +530,7 @@ class AutoPolicy:
         best = int(values.argmax())
         return order[: best + 1] if values[best] > 0 else order[:0]
 
-    def _asking(self, reached: np.ndarray, step: int) -> np.ndarray:
+    def _asking(self, rows: np.ndarray, reached: np.ndarray, step: int) -> np.ndarray:
         """Return for each row what asking the head at draft position ``step`` is worth, in tokens; [n].
 
         Costs that rows share are split among the n of them.
@@ -504,20 +538,32 @@ class AutoPolicy:
         n = len(reached)
         if step >= self._longest:
             return np.full(n, -1.0)
-        now = (self._rate * self._acceptance.correction, 1 + self._rate * self._head(n, self.exit))
-        known = self._values.get((self.exit, n))
-        if known is None or max(abs(then / value - 1) for then, value in zip(known[0], now, strict=True)) > TOLERANCE:
-            known = self._values[self.exit, n] = (now, self._tabulate(n))
-        return np.interp(reached, GRID, known[1][step])
+        kinds = [self._limits[row] for row in rows.tolist()]
+        worth = np.empty(n)
+        for kind in set(kinds):
+            own = [other == kind for other in kinds]
+            worth[own] = np.interp(reached[own], GRID, self._value(n, kind)[step])
+        return worth
 
-    def _tabulate(self, n: int) -> list[np.ndarray]:
+    def _value(self, n: int, limits: Limits | None) -> list[np.ndarray]:
+        """Return what ``_tabulate`` does, tabulated anew only if what it depends on has changed."""
+        now = (self._rate * self._acceptance.correction, 1 + self._rate * self._head(n, self.exit))
+        known = self._values.get((self.exit, n, limits))
+        if known is None or max(abs(then / value - 1) for then, value in zip(known[0], now, strict=True)) > TOLERANCE:
+            if len(self._values) > MOST_TABLES:
+                self._values.clear()
+            known = self._values[self.exit, n, limits] = (now, self._tabulate(n, limits))
+        return known[1]
+
+    def _tabulate(self, n: int, limits: Limits | None) -> list[np.ndarray]:
         """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
         each = self._rate * float(self._added(n)) / n
         head = self._rate * self._head(n, self.exit) / n
         tables: list[np.ndarray] = []
         later = np.zeros_like(GRID)
         for step in reversed(range(self._longest)):
-            reached = GRID[:, None] * self._acceptance.spread(step)[None, :]
+            leaving = -math.inf if limits is None else limits.at(self.exit, step)
+            reached = GRID[:, None] * self._acceptance.spread(step, leaving)[None, :]
             kept = reached - each + np.interp(reached, GRID, later)
             tables.append(np.maximum(kept, 0).mean(axis=1) - head)
             later = np.maximum(tables[-1], 0)
@@ -530,7 +576,7 @@ class AutoPolicy:
         if not self._batch:
             return
         expected = self._batch + sum(
-            float(np.cumprod([probability for _, probability in drafted]).sum()) for drafted in self._drafted.values()
+            float(np.cumprod([token.expected for token in drafted]).sum()) for drafted in self._drafted.values()
         )
         around = self._around or 0.0
         predicted = float(self._times.at("plain", self._batch)) + around + self._spent

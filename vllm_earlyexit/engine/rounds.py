@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine.cost import SIZES, measured
-from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
+from vllm_earlyexit.engine.drafter import HeadSampler, Leaving, Pending, SelfExitDrafter
+from vllm_earlyexit.engine.early_exit import LOSSLESS, Left, Wish, wish_of
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
@@ -30,6 +32,12 @@ from vllm_earlyexit.provenance import cpu_name
 logger = init_logger("vllm.earlyexit")
 
 MEASURED_POSITION = 255
+
+
+def no_sampler(rows: Sequence[int], logits: torch.Tensor, drafts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Stand for a runner that cannot let requests sample from heads."""
+    raise NotImplementedError("early exits of requests that sample")
+
 
 Blocks = dict[int, torch.Tensor]
 """Block tables of some sequences by KV cache group, each [num_seqs, max_blocks]."""
@@ -73,6 +81,8 @@ class Sampled:
         token: Its newest token, for which no KV is written yet.
         position: Of that token.
         limit: How many tokens are worth drafting.
+        wish: What the request asks for.
+        greedy: Whether it wants the most probable token and nothing else.
     """
 
     row: int
@@ -80,6 +90,8 @@ class Sampled:
     token: int
     position: int
     limit: int
+    wish: Wish = LOSSLESS
+    greedy: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,16 @@ class Round:
     frontier: Frontier
     rows: dict[int, int]
     sampled: Sequence[Sampled]
+    skipped: dict[int, int] = field(default_factory=dict)
+    """Of rows of which some tokens skip layers, how many do."""
+
+    def final(self, request: object, draft: Sequence[int]) -> dict[int, Left]:
+        """Return which tokens of the draft that is verified for a request, counted from 0, have left, possibly none."""
+        found = self.rows.get(id(request))
+        if found is None:
+            return {}
+        drafted = self.frontier.draft(found)
+        return {n: left for n, left in self.frontier.left(found).items() if list(draft[: n + 1]) == drafted[: n + 1]}
 
     def held(self, scheduled: Scheduled) -> tuple[int, int]:
         """Return a sequence's row in the frontier and how many of its scheduled tokens are pending, possibly 0."""
@@ -193,7 +215,11 @@ class SelfExit:
         return Path(envs.VLLM_CACHE_ROOT) / "self_exit" / f"step-times-{key}.json"
 
     def draft(
-        self, runner: Runner, sampled: Sequence[Sampled], previous: Callable[[], torch.Tensor]
+        self,
+        runner: Runner,
+        sampled: Sequence[Sampled],
+        previous: Callable[[], torch.Tensor],
+        sample: HeadSampler = no_sampler,
     ) -> list[list[int]]:
         """Draft for sequences that have just sampled; return the drafted tokens of each, possibly none.
 
@@ -202,10 +228,15 @@ class SelfExit:
             sampled: At least one.
             previous: Makes the final hidden states from which their newest tokens were sampled,
                 [num_seqs, hidden_size].
+            sample: Lets requests sample from a head's logits; called if tokens of some that are not greedy leave.
         """
         limits = [one.limit for one in sampled]
         frontier = Frontier([one.token for one in sampled], [one.position for one in sampled], limits, runner.device)
         rows = [one.row for one in sampled]
+        limits_of = [self.drafter.early.limits(one.wish) for one in sampled]
+        leaving = None
+        if any(limit is not None for limit in limits_of):
+            leaving = Leaving(limits_of, [one.greedy for one in sampled], sample)
 
         @functools.cache
         def blocks() -> Blocks:
@@ -226,7 +257,7 @@ class SelfExit:
             return np.concatenate([tokens, np.array(draft, dtype=tokens.dtype)]) if draft else tokens
 
         drafted = self.drafter.draft(
-            frontier, previous, context, lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft))
+            frontier, previous, context, lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft)), leaving
         )
         self._round = Round(frontier, {id(one.request): n for n, one in enumerate(sampled)}, sampled)
         return drafted
@@ -259,8 +290,12 @@ class SelfExit:
         owner: list[int] = []
         passed: list[int] = []
         places: list[tuple[int, int]] = []
+        skipping: list[int] = []
         for scheduled in batch():
             (found, same), count = last_round.held(scheduled), len(scheduled.tokens)
+            if self.config.fill_in == "propagate" and (skipped := self._skips(last_round, found, same, scheduled)):
+                skipping += range(len(owner), len(owner) + skipped)
+                last_round.skipped[found] = skipped
             owner += [scheduled.row] * count
             passed += [*(1 + cut for cut in frontier.cuts(found)[:same]), *[0] * (count - same)]
             places += [(found, column) for column in range(same)]
@@ -278,7 +313,34 @@ class SelfExit:
             ):
                 yield
 
-        return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed), context)
+        return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed, skipping), context)
+
+    def _skips(self, last_round: Round, found: int, same: int, scheduled: Scheduled) -> int:
+        """Return how many of a sequence's ``same`` pending tokens skip the layers above: left, not to be checked."""
+        next_ones = scheduled.tokens[1 : same + 1].tolist()
+        final = last_round.final(scheduled.request, next_ones)
+        skipped = next(n for n in itertools.count() if n not in final)
+        return 0 if skipped and self.drafter.early.checks() else skipped
+
+    def check(self, request: object, final: Mapping[int, Left], draft: Sequence[int], choices: Sequence[int]) -> None:
+        """Compare the tokens of a greedy request that left with the full model's choices, up to the first rejected one.
+
+        Args:
+            request: Whose.
+            final: See ``Round.final``.
+            draft: Its draft.
+            choices: The full model's choices in place of each.
+        """
+        assert self._verifying is not None
+        found = self._verifying.rows[id(request)]
+        if not self._verifying.sampled[found].greedy:
+            return
+        unknown = self._verifying.skipped.get(found, 0)
+        for n, (token, choice) in enumerate(zip(draft, choices, strict=True)):
+            if n not in final and token != choice:
+                return
+            if n in final and n >= unknown:
+                self.drafter.early.checked(final[n], token == choice)
 
     def limit(self, params: Any, outputs: int, token: int, position: int, longest: int) -> int:
         """Return how many tokens are worth drafting for a request whose newest token stands at ``position``.
@@ -292,6 +354,8 @@ class SelfExit:
             position: Of that token.
             longest: The longest draft that is wanted of anyone.
         """
+        if not self.wish(params).drafts:
+            return 0
         wanted = self.max_model_len - 1 - position
         if params is not None:
             if params.max_tokens is not None:
@@ -299,6 +363,11 @@ class SelfExit:
             if outputs >= params.min_tokens and token in (params.eos_token_id, *(params.stop_token_ids or ())):
                 return 0
         return max(0, min(longest, wanted - 1))
+
+    def wish(self, params: Any, *, early: bool = True) -> Wish:
+        """Return what a request asks for, by its sampling parameters or None; lossless decoding if ``early`` is not."""
+        asked = wish_of(None if params is None else params.extra_args, self.config)
+        return LOSSLESS if asked.early and not early else asked
 
     def learn(self, batch: Sequence[Verified], requests: Sequence[object]) -> None:
         """Tell the policy what became of the last round's drafts, and whether there was nothing but that round.
@@ -314,8 +383,13 @@ class SelfExit:
             return
         for one in batch:
             found = last_round.rows.get(id(one.request))
-            if found is not None and one.drafted:
+            if found is None:
+                continue
+            if one.drafted:
                 self.drafter.policy.learn(found, one.drafted, one.accepted)
+            if last_round.sampled[found].wish.early:
+                kept = [left for n, left in last_round.frontier.left(found).items() if n < one.accepted]
+                self.drafter.early.emitted(kept, one.accepted + 1 - len(kept))
 
     @contextmanager
     def _kv_context(

@@ -99,17 +99,27 @@ class SelfExitProposer(SelfExit):
         if not rows or longest == 0:
             return drafts
 
+        leaves = self.config.exits_early and verification.lets_leave(batch.sampling_metadata)
+
         def sampled(row: int) -> Sampled:
             request, position = requests[row], int(batch.num_tokens_no_spec[row]) - 1
             token, outputs = sampled_token_ids[row][-1], len(request.output_token_ids)
-            limit = self.limit(request.sampling_params, outputs, token, position, longest)
-            return Sampled(row, request, token, position, limit)
+            params = request.sampling_params
+            limit = self.limit(params, outputs, token, position, longest)
+            wish = self.wish(params, early=leaves and verification.may_leave(params, outputs))
+            return Sampled(row, request, token, position, limit, wish, verification.is_greedy(params))
+
+        def from_head(of: Sequence[int], logits: torch.Tensor, drafted: Sequence[Sequence[int]]) -> torch.Tensor:
+            metadata, outputs = batch.sampling_metadata, batch.req_output_token_ids
+            return verification.sample_from_head(
+                runner.sampler, [rows[n] for n in of], logits, drafted, metadata, outputs
+            )
 
         def previous() -> torch.Tensor:
             starts = [0, *itertools.accumulate(1 + n for n in counts)]
             return sampled_from[[starts[row] + len(sampled_token_ids[row]) - 1 for row in rows]]
 
-        drafted = self.draft(RunnerV1(runner), [sampled(row) for row in rows], previous)
+        drafted = self.draft(RunnerV1(runner), [sampled(row) for row in rows], previous, from_head)
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts
@@ -139,8 +149,24 @@ class SelfExitProposer(SelfExit):
             metadata: vLLM's ``SpecDecodeMetadata``.
         """
         batch = runner.input_batch
+        final = self._final(runner, logits, metadata) if self.config.exits_early else None
         if verification.only_largest(batch.sampling_metadata):
-            return verification.take_largest(metadata, logits)
+            return verification.take_largest(metadata, logits, final)
         return verification.sample_in_turn(
-            runner.sampler, metadata, logits, batch.sampling_metadata, batch.req_output_token_ids
+            runner.sampler, metadata, logits, batch.sampling_metadata, batch.req_output_token_ids, final
         )
+
+    def _final(self, runner: Any, logits: torch.Tensor, metadata: Any) -> list[set[int]] | None:
+        """Return which draft tokens of each request have left, None if none have; check those that can be checked."""
+        if self._verifying is None:
+            return None
+        drafts = [draft.tolist() for draft in metadata.draft_token_ids.split(metadata.num_draft_tokens)]
+        requests = [runner.requests[req_id] for req_id in runner.input_batch.req_ids]
+        final = [self._verifying.final(*each) for each in zip(requests, drafts, strict=True)]
+        if not any(final):
+            return None
+        places = metadata.target_logits_indices.split(metadata.num_draft_tokens)
+        for request, left, draft, at in zip(requests, final, drafts, places, strict=True):
+            if left:
+                self.check(request, left, draft, logits[at].argmax(dim=-1).tolist())
+        return [set(left) for left in final]

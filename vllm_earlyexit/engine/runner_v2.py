@@ -74,6 +74,10 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
                 "set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         super().__init__(vllm_config)
+        if self.config.exits_early:
+            raise EarlyExitError(
+                "self-exit: Model Runner V2 has no early exits yet; set VLLM_USE_V2_MODEL_RUNNER=0 or drop them"
+            )
         self._requests: dict[str, Request] = {}
         self._batch: InputBatch | None = None
         self._drafts: dict[str, list[int]] = {}

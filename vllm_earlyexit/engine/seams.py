@@ -21,6 +21,23 @@ logger = logging.getLogger("vllm.earlyexit")
 
 PROPOSER = "vllm_earlyexit.engine.runner_v1.SelfExitProposer"
 
+PROCESS_INPUTS = (
+    "self",
+    "request_id",
+    "prompt",
+    "params",
+    "supported_tasks",
+    "arrival_time",
+    "lora_request",
+    "tokenization_kwargs",
+    "trace_headers",
+    "priority",
+    "data_parallel_rank",
+    "resumable",
+    "session_id",
+    "kv_hints",
+)
+
 Stage = Literal["door", "engine", "scoped"]
 
 
@@ -277,6 +294,18 @@ def _process_logits_as_plain(original: Callable) -> Callable:
     return build_logitsprocs
 
 
+def _ask_for_early_exits(original: Callable) -> Callable:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if uses_self_exit(self.vllm_config.speculative_config):
+            from vllm_earlyexit.engine.setup import admit
+
+            admit(request, self.vllm_config)
+        return request
+
+    return process_inputs
+
+
 def _admit_as_plain(original: Callable) -> Callable:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not uses_self_exit(speculative_config):
@@ -289,8 +318,12 @@ def _let_v2_serve(original: Callable) -> Callable:
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
         if not uses_self_exit(self.speculative_config):
             return original(self)
+        from vllm_earlyexit.config import CONFIG_KEY
+
         others = [one for one in original(self) if one != "speculative method 'custom_class'"]
-        return others if self.lora_config is None else [*others, "self-exit with LoRA adapters"]
+        lossy = self.additional_config[CONFIG_KEY]["lowest_accuracy"] is not None
+        ours = {"self-exit with LoRA adapters": self.lora_config is not None, "early exits": lossy}
+        return others + [feature for feature, wanted in ours.items() if wanted]
 
     return _get_v2_model_runner_unsupported_features
 
@@ -455,10 +488,19 @@ SEAMS = (
         wrap=_admit_as_plain,
     ),
     Seam(
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        stage="engine",
+        why="Requests may ask for early exits, which not every server allows, and approximate KV must not be shared.",
+        how="Checks what a request asks for; where KV is propagated, gives it a cache_salt.",
+        upstream="A hook for validators of extra_args would replace it.",
+        expects=PROCESS_INPUTS,
+        wrap=_ask_for_early_exits,
+    ),
+    Seam(
         target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         stage="engine",
         why="Model Runner V2 has no proposers of a custom class, so vLLM would use V1, which it has deprecated.",
-        how="Leaves them out of the list for self-exit without LoRA; every other reason to fall back stays.",
+        how="Leaves them out of the list for self-exit without LoRA and early exits; other reasons to fall back stay.",
         upstream="A registry of V2 speculators would replace this one and the next three.",
         expects=("self",),
         wrap=_let_v2_serve,

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, Knobs, knobs_from, resolve
+from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig, Knobs, knobs_from, resolve
 from vllm_earlyexit.engine import counters, seams
+from vllm_earlyexit.engine.early_exit import wish_of
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.plugin import ACTIVE_VARIABLE, METHOD, version_problem
 
@@ -31,6 +32,24 @@ def _refuse_unsupported(model_config: Any, parallel_config: Any) -> None:
     for sentence, applies in REFUSED.items():
         if applies(model_config, parallel_config):
             raise EarlyExitError(f"self-exit: {sentence}")
+
+
+def admit(request: Any, vllm_config: Any) -> None:
+    """Check what a request asks for, and keep approximate KV from requests that did not ask for it.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``; gets a ``cache_salt`` of its own kind if its KV is propagated.
+        vllm_config: vLLM's.
+
+    Raises:
+        EarlyExitError: it asks for what the server does not do.
+    """
+    if request.sampling_params is None:
+        return
+    config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
+    wish = wish_of(request.sampling_params.extra_args, config)
+    if wish.early and config.fill_in == "propagate":
+        request.cache_salt = f"{request.cache_salt or ''} self-exit: propagated KV"
 
 
 def requested(engine_args: Any, model_config: Any, parallel_config: Any) -> Any:

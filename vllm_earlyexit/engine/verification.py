@@ -1,16 +1,25 @@
 """Which draft tokens are kept: those that plain decoding would have sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import cast
 
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, LogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+EPSILON = 1e-5
+"""Temperatures below are 0, for vLLM too."""
 
 
 def only_largest(sampling: SamplingMetadata) -> bool:
@@ -28,6 +37,36 @@ def only_largest(sampling: SamplingMetadata) -> bool:
     )
 
 
+def is_greedy(params: SamplingParams | None) -> bool:
+    """Return whether a request wants its most probable tokens and nothing else, as far as ``may_leave`` lets it."""
+    return params is None or (
+        params.temperature < EPSILON
+        and params.presence_penalty == params.frequency_penalty == 0
+        and params.repetition_penalty == 1
+        and not params.bad_words_token_ids
+        and params.allowed_token_ids is None
+        and params.structured_outputs is None
+    )
+
+
+def may_leave(params: SamplingParams | None, outputs: int) -> bool:
+    """Return whether a request that has generated so many tokens may sample from an exit head.
+
+    Log-probabilities are the full model's, biases may be for tokens that a head does not know, and heads are not told
+    how many tokens there must be at least.
+    """
+    return params is None or not (params.num_logprobs is not None or params.logit_bias or outputs < params.min_tokens)
+
+
+def lets_leave(sampling: SamplingMetadata) -> bool:
+    """Return whether requests of a batch may sample from exit heads: not beside what keeps books of sampled tokens."""
+    thinking = sampling.thinking_budget_state_holder
+    known = (MinPLogitsProcessor, MinTokensLogitsProcessor, LogitBiasLogitsProcessor)
+    return (thinking is None or not thinking.has_tracked_requests()) and all(
+        type(processor) in known for processor in sampling.logitsprocs.all
+    )
+
+
 def _changes_logits(processor: LogitsProcessor) -> bool:
     """Return whether a logits processor may do something; of others than vLLM's own that is not known."""
     if type(processor) is MinTokensLogitsProcessor:
@@ -37,7 +76,9 @@ def _changes_logits(processor: LogitsProcessor) -> bool:
     return True
 
 
-def take_largest(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> SamplerOutput:
+def take_largest(
+    metadata: SpecDecodeMetadata, logits: torch.Tensor, final: Sequence[Collection[int]] | None = None
+) -> SamplerOutput:
     """Accept draft tokens as long as each has the largest logit, and add the token that has it where one has not.
 
     vLLM's rejection sampler chooses the same tokens (of equal logits the first) after it has copied the logits of all
@@ -46,12 +87,16 @@ def take_largest(metadata: SpecDecodeMetadata, logits: torch.Tensor) -> SamplerO
     Args:
         metadata: Which logits belong to which draft token.
         logits: [num_draft_tokens + num_requests, vocab_size].
+        final: See ``sample_in_turn``.
 
     Returns:
         Token ids, int32 [num_requests, longest draft + 1], with vLLM's placeholder after the last one of each request.
     """
     best = logits.max(dim=-1).indices.to(torch.int32)
     targets, bonus = best[metadata.target_logits_indices], best[metadata.bonus_logits_indices]
+    if final is not None:
+        flags = [n in of for of, count in zip(final, metadata.num_draft_tokens, strict=True) for n in range(count)]
+        targets = torch.where(torch.tensor(flags, device=logits.device), metadata.draft_token_ids, targets)
     device, longest = logits.device, metadata.max_spec_len
     counts = torch.tensor(metadata.num_draft_tokens, device=device)
     drafted = torch.arange(longest, device=device) < counts[:, None]
@@ -71,6 +116,7 @@ def sample_in_turn(
     logits: torch.Tensor,
     sampling: SamplingMetadata,
     outputs: Sequence[list[int]],
+    final: Sequence[Collection[int]] | None = None,
 ) -> SamplerOutput:
     """Sample each request's tokens one after the other, as plain decoding does, until one is not the draft's.
 
@@ -86,6 +132,8 @@ def sample_in_turn(
         logits: [num_draft_tokens + num_requests, vocab_size].
         sampling: Of the batch.
         outputs: The tokens generated so far, as logits processors know them; grown meanwhile, as before afterwards.
+        final: For each request which of its draft tokens, counted from 0, are accepted in any case. They are not
+            sampled, so there are no log-probabilities of theirs.
 
     Returns:
         Token ids, int32 [num_requests, most tokens sampled], with vLLM's placeholder after the last one of each
@@ -93,14 +141,18 @@ def sample_in_turn(
     """
     drafts = [draft.tolist() for draft in metadata.draft_token_ids.split(metadata.num_draft_tokens)]
     at = [0, *accumulate(1 + len(draft) for draft in drafts)][:-1]
-    going, columns, logprobs = list(range(len(drafts))), [], []
+    going, logprobs = list(range(len(drafts))), []
+    columns: list[torch.Tensor] = []
     kept = [0] * len(drafts)
     try:
         while going:
-            generators = {row: sampling.generators[row] for row in going if row in sampling.generators}
+            taken = [row for row in going if final is not None and len(columns) in final[row]]
+            generators = {r: sampling.generators[r] for r in going if r in sampling.generators and r not in taken}
             one_each = replace(sampling, generators=generators, spec_token_ids=[[] for _ in drafts])
             sampled = sampler(logits=logits[at], sampling_metadata=one_each)
             tokens = sampled.sampled_token_ids.squeeze(-1)
+            for row in taken:
+                tokens[row] = drafts[row][len(columns)]
             column = torch.full_like(tokens, PLACEHOLDER_TOKEN_ID)
             column[going] = tokens[going]
             columns.append(column)
@@ -118,6 +170,47 @@ def sample_in_turn(
         for row, count in enumerate(kept):
             del outputs[row][len(outputs[row]) - count :]
     return SamplerOutput(torch.stack(columns, dim=1), _by_request(logprobs))
+
+
+def sample_from_head(
+    sampler: Callable[..., SamplerOutput],
+    rows: Sequence[int],
+    logits: torch.Tensor,
+    drafts: Sequence[Sequence[int]],
+    sampling: SamplingMetadata,
+    outputs: Sequence[list[int]],
+) -> torch.Tensor:
+    """Let some requests sample from other logits than the full model's, with all their parameters.
+
+    Args:
+        sampler: vLLM's sampler.
+        rows: The requests' rows in the batch.
+        logits: For each of them, float32 [n, vocab_size].
+        drafts: What is to follow each of their generated tokens before.
+        sampling: Of the batch.
+        outputs: See ``sample_in_turn``.
+
+    Returns:
+        Token ids, int64 [n].
+    """
+    whole = logits.new_zeros(len(outputs), logits.shape[1])
+    whole[list(rows)] = logits
+    generators = {row: sampling.generators[row] for row in rows if row in sampling.generators}
+    alone = replace(
+        sampling,
+        generators=generators,
+        spec_token_ids=[[] for _ in outputs],
+        max_num_logprobs=None,
+        logprob_token_ids=None,
+    )
+    for row, draft in zip(rows, drafts, strict=True):
+        outputs[row].extend(draft)
+    try:
+        tokens = sampler(logits=whole, sampling_metadata=alone).sampled_token_ids.squeeze(-1)
+    finally:
+        for row, draft in zip(rows, drafts, strict=True):
+            del outputs[row][len(outputs[row]) - len(draft) :]
+    return tokens[list(rows)].to(torch.int64)
 
 
 def _by_request(places: Sequence[LogprobsTensors | None]) -> LogprobsTensors | None:

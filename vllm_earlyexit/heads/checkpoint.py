@@ -1,7 +1,9 @@
 """The heads checkpoint: a folder with config.json and model.safetensors. Loading it never unpickles anything."""
 
 import json
+import math
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +53,20 @@ class PositionCalibration(_Part):
             description="how often the next exit's head agrees where this one has these entropies; empty at the last"
         ),
     ] = ()
+
+    def threshold(self, accuracy: float) -> float:
+        """Return the nats up to which tokens agree with the full model at least at rate ``accuracy``; -inf if none do.
+
+        Knots stand for equally many tokens each, so the rate up to a knot is the mean of the probabilities there.
+        """
+        rates = [total / count for count, total in enumerate(accumulate(self.probability), start=1)]
+        if rates[0] < accuracy:
+            return -math.inf
+        reached = sum(rate >= accuracy for rate in rates)
+        if reached == len(rates):
+            return self.entropy[-1]
+        share = (rates[reached - 1] - accuracy) / (rates[reached - 1] - rates[reached])
+        return self.entropy[reached - 1] + share * (self.entropy[reached] - self.entropy[reached - 1])
 
     @model_validator(mode="after")
     def _monotone(self) -> "PositionCalibration":
