@@ -37,6 +37,11 @@ resource.setrlimit(resource.RLIMIT_AS, ({BYTES}, {BYTES}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
 """
+EASY = {
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+}
+"""Settings at which models of half a billion parameters are well above chance."""
 CODE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -78,8 +83,9 @@ def reasoning(name: str, number: int) -> Task:
     """Return a task family of reasoning-gym."""
     import reasoning_gym
 
-    items = [reasoning_gym.create_dataset(name, size=number, seed=0)[n] for n in range(number)]
-    ask = "{}\nEnd with a line that has nothing but 'Answer: ' and the answer."
+    dataset = reasoning_gym.create_dataset(name, size=number, seed=0, **EASY.get(name, {}))
+    items = [dataset[n] for n in range(number)]
+    ask = "{}\nExplain every step. End with a line that has nothing but 'Answer: ' and the number."
     return Task(name, [ask.format(item["question"]) for item in items], items)
 
 

@@ -50,7 +50,8 @@ class Counters:
     """
 
     def __init__(self, where: str):
-        self._file = _file(Path(where) / f"counter_selfexit{os.getpid()}.db") if Path(where).is_dir() else None
+        there = bool(where) and Path(where).is_dir()
+        self._file = _file(Path(where) / f"counter_selfexit{os.getpid()}.db") if there else None
         for name in MEANING.keys() - BY_EXIT:
             self.add(name, 0)
 

@@ -362,7 +362,8 @@ class SelfExitDrafter:
             state = IntermediateTensors({name: states[kept] for name, states in pending.states.items()})
             with context(filled):
                 self._model.fill_in(segments[passed].start, residual_stream(state), positions[filled])
-        kept = torch.tensor([at for at, n in enumerate(standing) if n not in skipping], device=positions.device)
+        left = [at for at, n in enumerate(standing) if n not in skipping]
+        kept = torch.tensor(left, dtype=torch.int64, device=positions.device)
         rest = Pending(
             {name: states[kept] for name, states in pending.states.items()}, [pending.passed[n] for n in others]
         )

@@ -16,26 +16,27 @@ MEASURED_STEPS = 4
 
 
 def frequent_tokens(
-    choices: Iterator[torch.Tensor], size: int, vocab_size: int, among: torch.Tensor | None = None
+    choices: Iterator[torch.Tensor], size: int, vocab_size: int, known: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """Return the ``size`` tokens that the full model chooses most often, ascending, int64 [size].
 
-    Tokens it never chooses fill up the rest, lowest first. Returns ``among`` if there are no more than ``size`` of
-    them, or if ``size`` is 0.
+    Tokens that it never chooses fill up the rest, known ones before others, lowest first. None for all tokens, which it
+    is if ``size`` is 0.
 
     Args:
         choices: The full model's first choices, int64 [n] each.
         size: How many tokens.
         vocab_size: Of the model.
-        among: Which tokens may be returned, int64 [m]; None for all.
+        known: Tokens that were frequent before, int64 [m]; None for none.
     """
-    if size <= 0 or size >= (vocab_size if among is None else len(among)):
-        return among
+    if size <= 0 or size >= vocab_size:
+        return None
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for chosen in choices:
         counts += chosen.bincount(minlength=vocab_size)
-    if among is not None:
-        counts[torch.isin(torch.arange(vocab_size), among, invert=True)] = -1
+    if known is not None:
+        counts *= 2  # so that one more decides between equals
+        counts[known] += 1
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
