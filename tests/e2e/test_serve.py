@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from benchmarks.servers import START_SECONDS, Server, serving
 
@@ -30,7 +30,8 @@ FLAGS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 
-DRAFTING = ("--speculative-model", "[self-exit]", "--speculative-config", '{"policy": "entropy"}')
+SETTING = '{"policy": "entropy", "lowest_accuracy": 0.6}'
+DRAFTING = ("--speculative-model", "[self-exit]", "--speculative-config", SETTING)
 """The policy auto, the default, need not draft on a machine where that does not pay."""
 
 
@@ -102,6 +103,7 @@ def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: li
     accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert drafted > accepted > 0
     assert server.metric("vllm:spec_decode_num_drafts_total") > 0
+    early_exits_are_for_who_asks(server, client, asked, whole)
     # A client that vanishes mid-stream takes nobody with it.
     messages = [{"role": "user", "content": prompts[0]}]
     gone = client.chat.completions.create(model="smollm2", messages=messages, max_tokens=200, stream=True)  # type: ignore[call-overload]
@@ -109,6 +111,22 @@ def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: li
     gone.close()
     assert ask(client, asked[1], stream=False) == whole[1]
     assert server.stop() == 0
+
+
+def early_exits_are_for_who_asks(server: Server, client: OpenAI, asked: list[str], whole: list[str]) -> None:
+    """Requests that exit early do so beside others, which get what they got without them."""
+    kinds: list[dict[str, Any]] = [{}, {"extra_body": {"vllm_xargs": {"early_exit_accuracy": 0.6}}}]
+    with ThreadPoolExecutor(STREAMS) as pool:
+        mixed = list(pool.map(lambda n: ask(client, asked[n], stream=False, **kinds[n % 2]), range(len(asked))))
+    assert mixed[::2] == whole[::2]
+    assert mixed[1::2] != whole[1::2]
+    early = server.metric("vllm:self_exit_early_tokens_total", 'exit_layer="2"')
+    assert early >= server.metric("vllm:self_exit_checked_tokens_total") > 10
+    assert server.metric("vllm:self_exit_agreed_tokens_total") > 5
+    assert server.metric("vllm:self_exit_full_depth_tokens_total") > 10
+    with pytest.raises(BadRequestError, match=r"must be at least 0\.6 here"):
+        ask(client, asked[0], stream=False, extra_body={"vllm_xargs": {"early_exit_accuracy": 0.1}})
+    assert ask(client, asked[0], stream=False) == whole[0]
 
 
 def test_bad_heads_end_the_server_with_one_sentence(smollm2: Path, tmp_path: Path):

@@ -233,7 +233,7 @@ def test_approximate_kv_is_never_shared(smollm2: Path, prompts: list[str], setti
 @pytest.mark.parametrize("setting", [OPEN, pytest.param(PROPAGATING, marks=FULL)])
 def test_sampling_parameters_are_honoured(smollm2: Path, prompts: list[str], setting: dict[str, Any]):
     with engine(smollm2, speculative_config=setting) as llm:
-        few = [{THRESHOLD: 100.0}] * 2  # as far as the server allows, and not corrected meanwhile
+        few = [{THRESHOLD: 100.0}] * 2  # as far as is allowed, and never corrected
         greedy = ask(llm, prompts[:2], few, max_tokens=SHORT)
         before = counts(llm)["early_tokens"]
         assert ask(llm, prompts[:2], few, max_tokens=SHORT, temperature=1.0, top_k=1) == greedy

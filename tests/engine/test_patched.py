@@ -10,6 +10,7 @@ import pytest
 from tests.patched import patched_copy
 
 ROOT = Path(__file__).parents[2]
+EARLY = "tests/engine/test_early_exit.py::test_approximate_kv_is_never_shared"
 CHECK = """
 from vllm.config.speculative import SpeculativeConfig
 from vllm_earlyexit.engine import seams
@@ -42,6 +43,6 @@ def test_nothing_is_changed_at_run_time(environment: dict[str, str]):
 def test_it_is_lossless_without_seams(environment: dict[str, str]):
     """Engines of these tests assert that no seam is applied where vLLM is patched."""
     lossless = "tests/engine/test_lossless.py::test_greedy_outputs_are_identical"
-    chosen = [f"{lossless}[fixed-3]", "tests/engine/test_sampling.py"]
+    chosen = [f"{lossless}[fixed-3]", "tests/engine/test_sampling.py", f"{EARLY}[propagate]"]
     plainly = ("-q", "-p", "no:cacheprovider", "--matrix", "small")
     assert " passed" in run(environment, "-m", "pytest", *plainly, *chosen)

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_earlyexit.engine.counters import SILENT_TOKENS, VLLM_FOLDER, Counters, folder
+from vllm_earlyexit.engine.counters import EARLY_TOKENS, SILENT_TOKENS, VLLM_FOLDER, Counters, folder
 
 NAME = "vllm:self_exit_silent_tokens_total"
 
@@ -40,6 +40,22 @@ def test_engines_that_follow_one_another_go_on_counting(tmp_path: Path, monkeypa
     MultiProcessCollector(page)
     assert page.get_sample_value(NAME) == 8
     assert b"not numbers" in generate_latest(page)
+
+
+def test_tokens_that_left_are_counted_by_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(VLLM_FOLDER, str(tmp_path))
+    for layer, tokens in (("2", 3), ("8", 1), ("2", 4)):
+        Counters(folder()).add(EARLY_TOKENS, tokens, exit_layer=layer)
+    page = CollectorRegistry()
+    MultiProcessCollector(page)
+    found = [page.get_sample_value("vllm:self_exit_early_tokens_total", {"exit_layer": n}) for n in "28"]
+    assert found == [7, 1]
+
+
+def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    count("", 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_the_server_is_elsewhere_nothing_is_counted(tmp_path: Path):

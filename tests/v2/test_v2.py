@@ -166,18 +166,24 @@ def test_aborts_at_every_phase(smollm2: Path, plain: Judge):
         assert_nothing_is_left(llm)
 
 
-def test_lora_is_refused_and_left_to_v1(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lora_and_early_exits_are_refused_and_left_to_v1(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
     from vllm.engine.arg_utils import EngineArgs
 
     with pytest.raises(ValueError, match="does not yet support: self-exit with LoRA adapters"), engine(smollm2, **LORA):
         pass
+    early = FIXED | {"lowest_accuracy": 0.9}
+    with (
+        pytest.raises(ValueError, match="does not yet support: early exits"),
+        engine(smollm2, speculative_config=early),
+    ):
+        pass
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
     chosen = {}
-    for lora in (False, True):
-        args = EngineArgs(str(smollm2), speculative_config=FIXED, enable_lora=lora)
-        chosen[lora] = args.create_engine_config().use_v2_model_runner
+    for lora, setting in ((False, FIXED), (True, FIXED), (False, early)):
+        args = EngineArgs(str(smollm2), speculative_config=setting, enable_lora=lora)
+        chosen[lora, setting is early] = args.create_engine_config().use_v2_model_runner
     seams.remove("engine")
-    assert chosen == {False: True, True: False}
+    assert chosen == {(False, False): True, (True, False): False, (False, True): False}
 
 
 def test_a_patched_vllm_needs_no_seams(tmp_path: Path):

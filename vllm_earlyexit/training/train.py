@@ -45,7 +45,7 @@ class TrainingOptions:
     Attributes:
         kinds: Kinds of head; all of them are trained at every exit, from the same batches.
         intermediate_size: Width of the MLPs of ``mlp``, ``tail`` and ``recurrent``.
-        draft_vocab_size: Most frequent tokens that can be drafted, then those that heads to start from draft; 0 for all.
+        draft_vocab_size: Most frequent tokens can be drafted, then those that heads to start from draft; 0 for all.
         loss: Name of the loss.
         feature_weight: Weight of the distance to the full model's features beside it.
         top_k: Use so many of the recorded target probabilities; None for all.
