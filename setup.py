@@ -14,7 +14,7 @@ setup(
         "cuda": [f"vllm{VLLM}"],
         "demo": GGUF,
         "train": TRAIN,
-        "bench": ["matplotlib", "ray"],
+        "bench": ["matplotlib", "ray", "reasoning-gym"],
         # xformers for its attention biases, which work on CPUs
         "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pytest", "xformers"],
     }

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import Run, Setup, VLLMEngine, family, speculative_config
+from benchmarks.pictures import quality_against_speed
 from benchmarks.throughput import early_exits, spread
 from vllm_earlyexit.engine.early_exit import ACCURACY
 from vllm_earlyexit.provenance import provenance
@@ -218,6 +219,7 @@ def main() -> None:
                 outputs.setdefault(task.name, []).append(run.outputs)
                 records.append(record(setup, config, task, options.concurrency, run, task.scores(answers)))
         write(options.out, records)
+    quality_against_speed(records, options.out / "quality.png")
     if options.prompts:
         with own_process() as pool:
             likelihoods = pool.submit(judged, setup, tasks[-1].prompts, outputs["prompts"]).result()
@@ -242,7 +244,7 @@ def record(setup: Setup, config: str, task: Task, concurrency: int, run: Run, sc
         "standard_error": None if mean is None else round(math.sqrt(mean * (1 - mean) / len(scores)), 4),
         "tokens": run.tokens,
         "tokens_per_s": round(run.tokens / run.seconds, 2),
-        "early_exits": early_exits(run),
+        "early_exits": early_exits(run, setup),
         "early_counts": run.early,
     }
 

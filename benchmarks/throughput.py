@@ -12,6 +12,7 @@ of records, and pictures beside it.
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from benchmarks.engines import Run, Setup, build, family, speculative_config
 from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
 from vllm_earlyexit.demo import cpu_environment
 from vllm_earlyexit.engine.early_exit import ACCURACY
+from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
@@ -111,7 +113,7 @@ def record(
         "accepted_at": [sum(at) for at in zip(*(run.accepted_at for run in runs), strict=True)],
         "drafts": drafts,
         "predicted_over_measured_seconds": _predicted(runs),
-        "early_exits": early_exits(first),
+        "early_exits": early_exits(first, setup),
         "identical_outputs": sum(same) if plain else None,
         "identical_to_plain_at_smallest_concurrency": as_alone,
         "repeats": [round(value, 2) for value in speeds],
@@ -119,13 +121,21 @@ def record(
     }
 
 
-def early_exits(run: Run) -> dict[str, float] | None:
-    """Return the shares of tokens that left early and that agreed with the full model; None if nothing may leave."""
+def early_exits(run: Run, setup: Setup) -> dict[str, float] | None:
+    """Return shares of tokens that left early and, of these, agreed; and the mean layer that decided a token.
+
+    None if nothing may leave.
+    """
     counts = run.early
     decided = counts.get("early_tokens", 0) + counts.get("full_depth_tokens", 0)
     if not decided:
         return None
-    found = {"early": round(counts["early_tokens"] / decided, 4)}
+    layers = text_config(model_folder(setup.model))["num_hidden_layers"]
+    by_layer = {
+        int(name.rpartition("_")[2]): n for name, n in counts.items() if re.fullmatch(r"early_tokens_\d+", name)
+    }
+    depth = sum(layer * n for layer, n in by_layer.items()) + layers * counts.get("full_depth_tokens", 0)
+    found = {"early": round(counts.get("early_tokens", 0) / decided, 4), "mean_exit_depth": round(depth / decided, 2)}
     if counts.get("checked_tokens"):
         found["agreement"] = round(counts["agreed_tokens"] / counts["checked_tokens"], 4)
     return found

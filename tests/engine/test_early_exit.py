@@ -54,10 +54,9 @@ def counts(llm: Any) -> Any:
 
 def test_a_threshold_that_nothing_meets_changes_nothing(smollm2: Path, plain: Reference):
     with engine(smollm2, speculative_config=OPEN) as llm:
-        answers = [a for n in range(0, 24, 8) for a in ask(llm, plain.prompts[n : n + 8], [{THRESHOLD: -1.0}] * 8)]
-        plain.check(answers, 8)
+        plain.check(ask(llm, plain.prompts[:8], [{THRESHOLD: -1.0}] * 8), 8)
         assert counts(llm)["early_tokens"] == 0
-        assert counts(llm)["full_depth_tokens"] > 1000
+        assert counts(llm)["full_depth_tokens"] > 300
         for extra, words in (({ACCURACY: 0.3}, "at least 0.6 here"), ({"early_exit_speed": 3}, "'early_exit_speed'")):
             with pytest.raises(EarlyExitError, match=words):
                 ask(llm, plain.prompts[:1], [extra])

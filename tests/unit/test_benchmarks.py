@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engines import Run, Setup, speculative_config
+from benchmarks import quality
+from benchmarks.engines import Run, Setup, family, speculative_config
+from benchmarks.quality import families
 from benchmarks.roofline import H100, SHAPES, best, speedup
-from benchmarks.throughput import family, record, spread, turns
+from benchmarks.throughput import early_exits, record, spread, turns
+from tests.unit.helpers import LAYERS, make_model
 
 SETUP = Setup("model", "heads", "bfloat16", True, 8, 4, 64)
 
@@ -30,6 +33,52 @@ def test_a_record_compares_each_repeat_with_plain_decoding_of_the_same_repeat():
     assert found["repeats"] == [4.0, 4.0, 4.0]
     assert found["identical_to_plain_at_smallest_concurrency"] == 1
     assert record(SETUP, Path("p"), "ar", 2, plain, None, plain[0])["speedup_vs_ar"] is None
+
+
+def test_early_exits_are_reported_with_the_mean_layer_that_decided(tmp_path: Path):
+    setup = Setup(str(make_model(tmp_path / "model")), None, "bfloat16", True, 8, 4, 64)
+    early = {"early_tokens": 30, "early_tokens_1": 20, "early_tokens_2": 10, "full_depth_tokens": 10}
+    found = early_exits(Run(1.0, [], early=early | {"checked_tokens": 8, "agreed_tokens": 6}), setup)
+    assert found == {"early": 0.75, "mean_exit_depth": (20 * 1 + 10 * 2 + 10 * LAYERS) / 40, "agreement": 0.75}
+    assert early_exits(Run(1.0, []), setup) is None
+
+
+def test_configurations_that_differ_in_accuracy_share_an_engine():
+    assert family("early:resume:0.9") == ("early:resume", 0.9)
+    assert family("early:resume:0.8")[0] == family("early:resume:0.9")[0] != family("early:propagate:0.9")[0]
+    asked = speculative_config("early-heads:propagate:0.9", SETUP)
+    assert asked is not None
+    assert (asked["fill_in"], asked["prompt_lookup"]) == ("propagate", False)
+    assert speculative_config("depth:3", SETUP) is None
+    assert families(["ar", "early:resume:0.9", "depth:3", "early:resume:0.8"]) == [
+        ["ar"],
+        ["early:resume:0.9", "early:resume:0.8"],
+        ["depth:3"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Sure:\n```python\ndef one(x: List[int]) -> int:\n    return len(x)\n```\nDone.", True),
+        ("def one(x):\n    return len(x)", True),
+        ("```python\ndef one(x):\n    return 0\n```", False),
+        ("```python\ndef one(x):\n    while True: pass\n```", False),
+        ("```python\ndef one(x):\n    return len('x' * (3 << 30)) // (3 << 30)\n```", False),
+        ("```python\nf = open('file', 'w'); f.write('x'); f.flush(); one = len\n```", False),
+        ("I cannot.", False),
+    ],
+)
+def test_code_is_run_within_limits(answer: str, right: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "LIMITS", quality.LIMITS.replace("RLIMIT_CPU, (10, 10)", "RLIMIT_CPU, (1, 1)"))
+    asked = "Complete.\n```python\nfrom typing import List\n\ndef one(x):\n```"
+    item = {"turns": [asked], "test": "def check(candidate):\n    assert candidate([5]) == 1", "entry_point": "one"}
+    assert quality.passes(answer, item) == right
+
+
+def test_the_final_answer_is_found():
+    assert quality.final_answer("Answer: 3? No.\nAnswer: **17**.") == "17"
+    assert quality.final_answer("42") == "42"
 
 
 def test_configurations_take_turns_in_alternating_order():
