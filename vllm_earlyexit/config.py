@@ -240,7 +240,7 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None, cache: str | 
     heads = read_config(where)
     _check_belongs(heads, where, model, model_print)
     load_heads(where)  # a damaged file is found here, before the model loads
-    config = _resolve_trained(knobs, heads, where, early=bool(early))
+    config = _resolve_trained(knobs, heads, where)
     if early and not all(_mapped(heads.exit(layer)) for layer in config.exit_layers):
         raise EarlyExitError(
             f"self-exit: the heads in {where} lack the calibration for early exits; run 'vllm-earlyexit calibrate'"
@@ -306,7 +306,7 @@ def _check_lookup(knobs: Knobs, policy: str) -> None:
         raise EarlyExitError("self-exit: prompt_lookup belongs to policy='auto'; drop it or change the policy")
 
 
-def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path, *, early: bool) -> EarlyExitConfig:
+def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExitConfig:
     best = heads.recommended
     layers = _asked_layers(knobs) or (best.exit_layer if best else heads.exits[0].exit_layer,)
     exits = [heads.exit(layer) for layer in layers]
@@ -315,7 +315,7 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path, *, early: bo
     policy = knobs.policy or _default_policy(knobs, calibrated=calibrated, mapped=mapped)
     _check_one(layers, policy)
     length = best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH
-    length = AUTO_DRAFT_LENGTH if policy == "auto" or early else length
+    length = AUTO_DRAFT_LENGTH if policy == "auto" else length
     draft_length = knobs.num_speculative_tokens or length
     if policy != "entropy" and knobs.target_accuracy is not None:
         raise EarlyExitError("self-exit: target_accuracy belongs to policy='entropy'; drop it or change the policy")

@@ -16,9 +16,14 @@ from tests.engine.reference import MAX_TOKENS, Reference
 from tests.engine.test_kv import BLOCK, NOISE, PROMPTS, Snapshots
 from vllm_earlyexit.engine.drafter import Pending, SelfExitDrafter
 from vllm_earlyexit.engine.early_exit import ACCURACY, MODE, THRESHOLD
-from vllm_earlyexit.errors import EarlyExitError
 
-OPEN = {"method": "self_exit", "policy": "entropy", "exit_layer": 2, "lowest_accuracy": 0.6}
+OPEN = {
+    "method": "self_exit",
+    "policy": "entropy",
+    "exit_layer": 2,
+    "num_speculative_tokens": 6,
+    "lowest_accuracy": 0.6,
+}
 PROPAGATING = OPEN | {"fill_in": "propagate", "check_rate": 0.0}
 LOW, SHORT = {ACCURACY: 0.6}, 40
 FULL = pytest.mark.matrix("full")
@@ -58,7 +63,7 @@ def test_a_threshold_that_nothing_meets_changes_nothing(smollm2: Path, plain: Re
         assert counts(llm)["early_tokens"] == 0
         assert counts(llm)["full_depth_tokens"] > 300
         for extra, words in (({ACCURACY: 0.3}, "at least 0.6 here"), ({"early_exit_speed": 3}, "'early_exit_speed'")):
-            with pytest.raises(EarlyExitError, match=words):
+            with pytest.raises(ValueError, match=words):
                 ask(llm, plain.prompts[:1], [extra])
         log_probabilities_are_the_full_models(llm, plain)
 

@@ -42,12 +42,17 @@ def admit(request: Any, vllm_config: Any) -> None:
         vllm_config: vLLM's.
 
     Raises:
-        EarlyExitError: it asks for what the server does not do.
+        VLLMValidationError: it asks for what the server does not do, so that clients get vLLM's answer to bad requests.
     """
+    from vllm.exceptions import VLLMValidationError
+
     if request.sampling_params is None:
         return
     config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
-    wish = wish_of(request.sampling_params.extra_args, config)
+    try:
+        wish = wish_of(request.sampling_params.extra_args, config)
+    except EarlyExitError as error:
+        raise VLLMValidationError(str(error), parameter="extra_args") from None
     if wish.early and config.fill_in == "propagate":
         request.cache_salt = f"{request.cache_salt or ''} self-exit: propagated KV"
 
