@@ -58,12 +58,14 @@ def counts(llm: Any) -> Any:
 
 
 def test_a_threshold_that_nothing_meets_changes_nothing(smollm2: Path, plain: Reference):
+    from vllm.exceptions import VLLMValidationError
+
     with engine(smollm2, speculative_config=OPEN) as llm:
         plain.check(ask(llm, plain.prompts[:8], [{THRESHOLD: -1.0}] * 8), 8)
         assert counts(llm)["early_tokens"] == 0
         assert counts(llm)["full_depth_tokens"] > 300
         for extra, words in (({ACCURACY: 0.3}, "at least 0.6 here"), ({"early_exit_speed": 3}, "'early_exit_speed'")):
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises(VLLMValidationError, match=words):
                 ask(llm, plain.prompts[:1], [extra])
         log_probabilities_are_the_full_models(llm, plain)
 
