@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vllm_earlyexit.engine.early_exit import ACCURACY
 from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
@@ -100,6 +101,14 @@ def family(config: str) -> tuple[str, int | float | None]:
     if name in EARLY and len(numbers) == 2:
         return f"{name}:{numbers[0]}", float(numbers[1])
     return config, None
+
+
+def adjust(engine: Engine, changed: int | float | None) -> None:
+    """Give an engine another draft length (int) or accuracy of early exits (float); see ``family``."""
+    if isinstance(changed, float):
+        engine.ask({ACCURACY: changed})
+    elif changed is not None:
+        engine.limit(changed)
 
 
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:

@@ -23,10 +23,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import Run, Setup, VLLMEngine, family, speculative_config
+from benchmarks.engines import Run, Setup, VLLMEngine, adjust, family, speculative_config
 from benchmarks.pictures import quality_against_speed
-from benchmarks.throughput import early_exits, spread
-from vllm_earlyexit.engine.early_exit import ACCURACY
+from benchmarks.throughput import early_exits, setup_of, spread
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
@@ -69,14 +68,20 @@ class Task:
         import reasoning_gym
 
         judge = reasoning_gym.get_score_answer_fn(self.name)
-        pairs = zip(answers, self.keys, strict=True)
-        return [float(judge(answer=final_answer(answer), entry=key) == 1) for answer, key in pairs]
+
+        def right(answer: str, key: dict[str, Any]) -> float:
+            try:
+                return float(judge(answer=final_answer(answer), entry=key) == 1)
+            except (ValueError, ArithmeticError, LookupError):  # some judges stumble over what is no answer
+                return 0.0
+
+        return [right(answer, key) for answer, key in zip(answers, self.keys, strict=True)]
 
 
 def humaneval(path: Path, number: int) -> Task:
     """Return HumanEval from JSON lines with turns, test and entry_point."""
     items = [json.loads(line) for line in path.read_text().splitlines()]
-    items = [items[n * len(items) // min(number, len(items))] for n in range(min(number, len(items)))]
+    items = spread(items, number)
     return Task("humaneval", [item["turns"][0] for item in items], items)
 
 
@@ -135,9 +140,7 @@ def answered(
     engine.run(tasks[0].prompts[:2], concurrency)
     found = []
     for config in configs:
-        changed = family(config)[1]
-        if isinstance(changed, float):
-            engine.ask({ACCURACY: changed})
+        adjust(engine, family(config)[1])
         found.append([])
         for task in tasks:
             run = engine.run(task.prompts, concurrency)
@@ -191,15 +194,7 @@ def families(configs: list[str]) -> list[list[str]]:
 def main() -> None:
     """Let every configuration answer every task; judge; write quality.json after each."""
     options = parsed()
-    setup = Setup(
-        str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
-        str(Path(options.heads).resolve()) if options.heads else None,
-        options.dtype,
-        not options.enforce_eager,
-        options.max_tokens,
-        options.concurrency,
-        options.max_model_len,
-    )
+    setup = setup_of(options, options.concurrency)
     for config in options.configs:
         speculative_config(config, setup)
     tasks = [reasoning(name, options.num_prompts) for name in options.reasoning]

@@ -17,20 +17,20 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.engines import Run, Setup, build, family, speculative_config
+from benchmarks.engines import Run, Setup, adjust, build, family, speculative_config
 from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
 from vllm_earlyexit.demo import cpu_environment
-from vllm_earlyexit.engine.early_exit import ACCURACY
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
+T = TypeVar("T")
 WARM_UP = 2
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray listens on all interfaces, whatever ``_node_ip_address`` says, unless this says no before it is imported."""
@@ -51,17 +51,27 @@ class Contestant:
 
     def run(self, concurrency: int, changed: int | float | None, split: bool = False) -> Run:
         """Answer all prompts, with another draft length (int) or accuracy of early exits (float) if it is a number."""
-        if isinstance(changed, float):
-            self._engine.ask({ACCURACY: changed})
-        elif changed is not None:
-            self._engine.limit(changed)
+        adjust(self._engine, changed)
         return self._engine.run(self._prompts, concurrency, split)
 
 
-def spread(prompts: list[str], number: int) -> list[str]:
-    """Return so many of the prompts, evenly spread over a file that may be sorted by kind."""
-    number = min(number, len(prompts))
-    return [prompts[n * len(prompts) // number] for n in range(number)]
+def spread(items: list[T], number: int) -> list[T]:
+    """Return so many of the items, evenly spread over a file that may be sorted by kind."""
+    number = min(number, len(items))
+    return [items[n * len(items) // number] for n in range(number)]
+
+
+def setup_of(options: argparse.Namespace, max_num_seqs: int) -> Setup:
+    """Return what all configurations share, by a benchmark's options."""
+    return Setup(
+        str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
+        str(Path(options.heads).resolve()) if options.heads else None,
+        options.dtype,
+        not options.enforce_eager,
+        options.max_tokens,
+        max_num_seqs,
+        options.max_model_len,
+    )
 
 
 def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, int, str]]:
@@ -200,15 +210,7 @@ def main() -> None:
         os.environ[LOOPBACK] = "0"
     import ray
 
-    setup = Setup(
-        str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
-        str(Path(options.heads).resolve()) if options.heads else None,
-        options.dtype,
-        not options.enforce_eager,
-        options.max_tokens,
-        max(options.concurrency),
-        options.max_model_len,
-    )
+    setup = setup_of(options, max(options.concurrency))
     configs: list[str] = options.configs
     for name in configs:
         if not name.startswith("transformers"):

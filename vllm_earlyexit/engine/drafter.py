@@ -144,6 +144,7 @@ class SelfExitDrafter:
         """Tokens about which a head's logits were not numbers."""
         self._counters = Counters(config.counters)
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
+        self._segments = segments
 
     def draft(
         self,
@@ -318,9 +319,8 @@ class SelfExitDrafter:
         """
         if pending.skipping:
             return self._verify_others(input_ids, positions, pending, context)
-        segments = [*self.exits[-1].below, *self.exits[-1].above]
         if not any(pending.passed):
-            whole = run_segments(segments, input_ids, positions)
+            whole = run_segments(self._segments, input_ids, positions)
             assert isinstance(whole, torch.Tensor)
             return whole
         joined, at = pending.states, [n for n, passed in enumerate(pending.passed) if passed]
@@ -336,11 +336,11 @@ class SelfExitDrafter:
             index = torch.tensor(low, device=positions.device)
             below = None if start == 0 else IntermediateTensors({name: s[index] for name, s in joined.items()})
             with context(low):
-                at_cut = run_segments(segments[start:end], input_ids[index], positions[index], below)
+                at_cut = run_segments(self._segments[start:end], input_ids[index], positions[index], below)
             assert isinstance(at_cut, IntermediateTensors)
             for name, states in at_cut.tensors.items():
                 joined[name].index_copy_(0, index, states)
-        final = run_segments(segments[joins[-1] :], None, positions, IntermediateTensors(joined))
+        final = run_segments(self._segments[joins[-1] :], None, positions, IntermediateTensors(joined))
         assert isinstance(final, torch.Tensor)
         return final
 
@@ -355,13 +355,12 @@ class SelfExitDrafter:
         skipping = set(pending.skipping)
         others = [n for n in range(len(positions)) if n not in skipping]
         standing = [n for n, passed in enumerate(pending.passed) if passed]
-        segments = [*self.exits[-1].below, *self.exits[-1].above]
         for passed in sorted({pending.passed[n] for n in skipping}):
             filled = [n for n in pending.skipping if pending.passed[n] == passed]
             kept = torch.tensor([standing.index(n) for n in filled], device=positions.device)
             state = IntermediateTensors({name: states[kept] for name, states in pending.states.items()})
             with context(filled):
-                self._model.fill_in(segments[passed].start, residual_stream(state), positions[filled])
+                self._model.fill_in(self._segments[passed].start, residual_stream(state), positions[filled])
         left = [at for at, n in enumerate(standing) if n not in skipping]
         kept = torch.tensor(left, dtype=torch.int64, device=positions.device)
         rest = Pending(

@@ -110,6 +110,12 @@ def take_largest(
     return SamplerOutput(chosen.masked_fill_(rejected, PLACEHOLDER_TOKEN_ID), None)
 
 
+def _one_each(sampling: SamplingMetadata, rows: Sequence[int], num_requests: int) -> SamplingMetadata:
+    """Return what a batch samples one token of each request by; only the generators of ``rows`` move on."""
+    generators = {row: sampling.generators[row] for row in rows if row in sampling.generators}
+    return replace(sampling, generators=generators, spec_token_ids=[[] for _ in range(num_requests)])
+
+
 def sample_in_turn(
     sampler: Callable[..., SamplerOutput],
     metadata: SpecDecodeMetadata,
@@ -147,8 +153,7 @@ def sample_in_turn(
     try:
         while going:
             taken = [row for row in going if final is not None and len(columns) in final[row]]
-            generators = {r: sampling.generators[r] for r in going if r in sampling.generators and r not in taken}
-            one_each = replace(sampling, generators=generators, spec_token_ids=[[] for _ in drafts])
+            one_each = _one_each(sampling, [row for row in going if row not in taken], len(drafts))
             sampled = sampler(logits=logits[at], sampling_metadata=one_each)
             tokens = sampled.sampled_token_ids.squeeze(-1)
             for row in taken:
@@ -195,14 +200,7 @@ def sample_from_head(
     """
     whole = logits.new_zeros(len(outputs), logits.shape[1])
     whole[list(rows)] = logits
-    generators = {row: sampling.generators[row] for row in rows if row in sampling.generators}
-    alone = replace(
-        sampling,
-        generators=generators,
-        spec_token_ids=[[] for _ in outputs],
-        max_num_logprobs=None,
-        logprob_token_ids=None,
-    )
+    alone = replace(_one_each(sampling, rows, len(outputs)), max_num_logprobs=None, logprob_token_ids=None)
     for row, draft in zip(rows, drafts, strict=True):
         outputs[row].extend(draft)
     try:
