@@ -80,7 +80,7 @@ def test_the_test_notices_unconditional_acceptance(model: Path, monkeypatch: pyt
 
     from vllm_earlyexit.engine import verification
 
-    def accept_everything(sampler, metadata, logits, sampling, outputs):
+    def accept_everything(sampler, metadata, logits, sampling, outputs, final=None):
         bonus = sampler(logits=logits[metadata.bonus_logits_indices], sampling_metadata=sampling).sampled_token_ids
         chosen = torch.full((len(bonus), metadata.max_spec_len + 1), -1, dtype=torch.int32)
         for row, drafts in enumerate(metadata.draft_token_ids.split(metadata.num_draft_tokens)):
