@@ -62,6 +62,7 @@ class Setup:
         max_tokens: Longest answer.
         max_num_seqs: Largest concurrency.
         max_model_len: Prompt and answer.
+        memory_share: Of an accelerator's memory, for each engine; None for vLLM's default.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Setup:
     max_tokens: int
     max_num_seqs: int
     max_model_len: int
+    memory_share: float | None = None
 
 
 class Engine(Protocol):
@@ -120,9 +122,12 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K
     tokens after the longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this
     fill-in and accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``depth:N``: plain
-    decoding of the model without its layers from the N-th on.
+    decoding of the model without its layers from the N-th on. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head
+    in this folder or of this Hub id.
     """
     name, *numbers = config.split(":")
+    if name == "eagle3" and len(numbers) == 2:
+        return {"method": "eagle3", "num_speculative_tokens": int(numbers[0]), "model": numbers[1]}
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
     if name in EARLY:
         fill_in, _accuracy = numbers
@@ -149,7 +154,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     raise ValueError(
         f"there is no configuration {config!r}; write ar, self-exit[:LAYER], heads-only[:LAYER], entropy, "
         "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, "
-        "early-heads:FILL:ACCURACY, depth:LAYERS or transformers:LAYER"
+        "early-heads:FILL:ACCURACY, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
     )
 
 
@@ -163,6 +168,7 @@ class VLLMEngine:
         self._setup, self._asked = setup, dict[str, Any]()
         name, *numbers = config.split(":")
         shallower = {"hf_overrides": {"num_hidden_layers": int(numbers[0])}} if name == "depth" else {}
+        shared = {} if setup.memory_share is None else {"gpu_memory_utilization": setup.memory_share}
         self._llm: Any = LLM(
             setup.model,
             dtype=setup.dtype,
@@ -173,6 +179,7 @@ class VLLMEngine:
             speculative_config=speculative_config(config, setup),
             disable_log_stats=False,
             **shallower,
+            **shared,
         )
         self._number = 0
 
@@ -207,7 +214,7 @@ class VLLMEngine:
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""
-        proposer = runner_of(self._llm).drafter
+        proposer = adapter_of(self._llm)
         propose = type(proposer).propose
         names = list(inspect.signature(propose).parameters)
         at = names.index("longest" if "longest" in names else "num_speculative_tokens")
@@ -303,13 +310,19 @@ class TransformersEngine:
 
 
 def runner_of(llm: Any) -> Any:
-    """Return the model runner of an in-process V1 engine."""
+    """Return the model runner of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def adapter_of(llm: Any) -> Any:
+    """Return what drafts in an in-process engine: a proposer on Model Runner V1, a speculator on V2, or None."""
+    runner = runner_of(llm)
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
 def drafter_of(llm: Any) -> Any:
-    """Return the self-exit drafter of an in-process V1 engine, None if it has none."""
-    return getattr(getattr(runner_of(llm), "drafter", None), "drafter", None)
+    """Return the self-exit drafter of an in-process engine, None if it has none."""
+    return getattr(adapter_of(llm), "drafter", None)
 
 
 def build(config: str, setup: Setup) -> Engine:
@@ -337,7 +350,7 @@ def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) ->
 
 @contextmanager
 def timed_parts(llm: Any, parts: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds of a step's parts in ``parts`` while an in-process V1 engine runs."""
+    """Add up the seconds of a step's parts in ``parts`` while an in-process engine runs."""
     runner, drafter = runner_of(llm), drafter_of(llm)
     watched: list[tuple[str, Any, str]] = [("lm_head", runner.model, "compute_logits")]
     if drafter is None:

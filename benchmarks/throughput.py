@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +28,13 @@ from benchmarks.engines import Run, Setup, adjust, build, family, speculative_co
 from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
 from vllm_earlyexit.demo import cpu_environment
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
-from vllm_earlyexit.provenance import provenance
+from vllm_earlyexit.provenance import accelerator_name, provenance
 from vllm_earlyexit.training.records import read_records
 
 T = TypeVar("T")
 WARM_UP = 2
+ENGINES_MEMORY = 0.85
+"""Share of an accelerator's memory that all engines take together; never tried on one."""
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray listens on all interfaces, whatever ``_node_ip_address`` says, unless this says no before it is imported."""
 
@@ -169,6 +172,10 @@ def start(configs: list[str], setup: Setup, prompts: list[str], address: str | N
     environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # Ray would set it to num_cpus
     placed: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if address else {}
+    if accelerator_name():
+        share = 1 / len({family(config)[0] for config in configs})
+        placed |= {"num_gpus": share}
+        setup = replace(setup, memory_share=ENGINES_MEMORY * share)
     actor = ray.remote(Contestant).options(num_cpus=1, runtime_env={"env_vars": environment}, **placed)
     engines: dict[str, Any] = {}
     for config in sorted(configs, key=lambda name: -(family(name)[1] or 0)):  # the longest drafts' engine serves all
@@ -178,8 +185,8 @@ def start(configs: list[str], setup: Setup, prompts: list[str], address: str | N
     return {config: engines[family(config)[0]] for config in configs}
 
 
-def parsed() -> argparse.Namespace:
-    """Return the command line's options."""
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options; by default this process's."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
     parser.add_argument("--model", required=True, help="Folder or Hub id.")
     parser.add_argument("--heads", help="Folder of exit heads; by default the shipped ones.")
@@ -192,7 +199,8 @@ def parsed() -> argparse.Namespace:
         nargs="+",
         default=["ar", "self-exit"],
         help="ar, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], "
-        "ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, depth:LAYERS, transformers:LAYER.",
+        "ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, depth:LAYERS, eagle3:LENGTH:HEAD, "
+        "transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
@@ -200,7 +208,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--ray-address", help="Of a running cluster; by default one is started on this machine.")
     parser.add_argument("--out", type=Path, required=True, help="Folder of results.json and pictures.")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
@@ -232,7 +240,7 @@ def main() -> None:
                 progress.advance(bar)
                 write(options.out, setup, options.prompts, runs, {}, starts)
         split = configs if 1 in options.concurrency else []
-        ours = [name for name in split if not name.startswith(("transformers", "ngram"))]
+        ours = [name for name in split if not name.startswith(("transformers", "ngram", "eagle3"))]
         splits = {name: ray.get(contestants[name].run.remote(1, family(name)[1], split=True)) for name in ours}
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""Model Runner V2 on a CPU: Triton's interpreter in the place of a compiler; slow, for correctness only.
+"""Model Runner V2, on a GPU as it is, on a CPU through Triton's interpreter; slow, for correctness only.
 
 vLLM's build for CPUs wants a Triton with a backend of that name, and PyPI's has none. With TRITON_INTERPRET=1 kernels
 are run by Python and need no backend, so a stand-in that answers what Triton and vLLM ask of one is enough.
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and (INTERPRETED or torch.cuda.is_available())
 
 
 class CPUDriver:
@@ -36,7 +37,9 @@ class CPUDriver:
 
 
 def stand_in() -> None:
-    """Give Triton a backend; before vLLM is imported."""
+    """Give Triton a backend, if kernels are interpreted; before vLLM is imported."""
+    if not INTERPRETED:
+        return
     import triton.backends
 
     backend = SimpleNamespace(driver=CPUDriver, compiler=None)
@@ -48,6 +51,8 @@ def mend() -> None:
 
     vLLM's kernel for the latter calls methods of tensors on what are integers in the interpreter.
     """
+    if not INTERPRETED:
+        return
     from triton.runtime.interpreter import InterpreterBuilder, _interpreter
     from vllm.v1.sample.ops import topk_topp_sampler
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, commit, versions, CPU."""
+"""Where a result comes from: command, commit, versions, CPU and accelerator."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ def provenance(command: str = "vllm-earlyexit") -> dict[str, Any]:
         | {"vllm": installed_vllm(), "python": platform.python_version()},
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-    }
+    } | ({"accelerator": accelerator} if (accelerator := accelerator_name()) else {})
 
 
 def _commit() -> str | None:
@@ -29,6 +29,13 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def accelerator_name() -> str | None:
+    """Return what PyTorch calls the accelerator, None if there is none."""
+    import torch
+
+    return torch.get_device_module().get_device_name() if torch.accelerator.is_available() else None
 
 
 def cpu_name() -> str:

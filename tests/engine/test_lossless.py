@@ -95,6 +95,28 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, l
     assert counted["drafts"] > len(copied), "heads drafted as well"
 
 
+@pytest.mark.parametrize("policy", ["fixed", "auto"])
+def test_looking_only_now_and_then_changes_nothing(smollm2: Path, plain: Reference, ladder: str, policy: str):
+    """As on GPUs, where a look waits for the device: several draft steps are run before one."""
+    setting = {"method": "self_exit", "model": ladder, "policy": policy, "num_speculative_tokens": 4}
+    with engine(smollm2, speculative_config=setting | ({"exit_layer": 4} if policy == "fixed" else {})) as llm:
+        drafter = runner_of(llm).drafter.drafter
+        drafter.looks_ahead = True
+        if policy == "auto":
+            draft_from_each_exit_in_turn(drafter.policy)
+        ran, look = list[int](), drafter._look
+
+        def counting(*arguments: Any) -> bool:
+            ran.append(len(arguments[-1]))
+            return look(*arguments)
+
+        drafter._look = counting
+        plain.check_all(llm, alone=FEW)
+        counted = counters(llm)
+    assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
+    assert sum(ran) > 2 * len(ran) > 100
+
+
 @pytest.mark.parametrize(
     ("policy", "budget", "caching"),
     [

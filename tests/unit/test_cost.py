@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
+from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.lookup import SHORTEST, Repeat
 from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Lookup, Policy, nothing
 
@@ -52,6 +53,20 @@ def test_it_stops_at_the_longest_draft_and_at_logits_that_are_not_numbers():
     assert [decision.go_on for decision in decisions] == [True] * (LONGEST - 1) + [False]
     assert policy.begin(1)
     assert policy.decide(torch.tensor([0]), torch.tensor([torch.nan]), 0).keep.tolist() == [False]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_early_tokens_pay_where_arithmetic_is_the_limit_if_they_spare_the_layers_above(batch: int):
+    limits, rows = [Limits(((1.0,),))] * batch, torch.arange(batch)
+    verified, sparing = (AutoPolicy([acceptance()], LONGEST, skips=skips) for skips in (False, True))
+    verified.times = sparing.times = [BOUND]
+    assert not verified.begin(batch, limits=limits)
+    assert not sparing.begin(batch)
+    assert sparing.begin(batch, limits=limits)
+    unsure = torch.full((batch,), 0.9)
+    assert sparing.decide(rows, unsure, 0, final=rows >= 0).keep.all()
+    assert sparing.begin(batch, limits=limits)
+    assert not sparing.decide(rows, unsure, 0, final=rows < 0).keep.any(), "these would have to be verified"
 
 
 def test_a_batch_too_large_to_profit_is_not_drafted_for():
@@ -268,6 +283,8 @@ class Simulation:
     sharpness: float
     truth: float = 1.0
     elapsed: float = 0.0
+    ahead: bool = False
+    """Whether what is drafted is looked at only every so many draft steps, as the policy says."""
 
     def tokens_per_second(self, policy: Policy, rounds: int = 1500) -> float:
         draw = np.random.default_rng(0)  # the same text for every policy
@@ -280,16 +297,19 @@ class Simulation:
         for n in range(rounds):
             drafted: list[bool] = []
             fed = 0
-            go_on = policy.begin(1)
+            go_on, unseen = policy.begin(1), 0
             while go_on:
-                fed += 1
-                seconds += self.times.at("head", 1) + (self.times.at("shallow", 1) if fed > 1 else 0)
+                if not unseen:
+                    unseen = min(policy.ahead(1), LONGEST - fed) if self.ahead else 1
+                    seconds += unseen * (self.times.at("head", 1) + self.times.at("shallow", 1))
+                    seconds -= self.times.at("shallow", 1) if fed == 0 else 0
+                fed, unseen = fed + 1, unseen - 1
                 knot = int(knots[n, fed - 1])
                 decision = policy.decide(torch.tensor([0]), table[knot : knot + 1], policy.exit)
                 kept = bool(decision.keep.item())
                 if kept:
                     drafted.append(luck[n, fed - 1] < self.truth * np.exp(-self.sharpness * ENTROPY[knot]))
-                go_on = kept and decision.go_on and len(drafted) < LONGEST
+                go_on = kept and (decision.go_on or unseen > 0) and len(drafted) < LONGEST
             seconds += self.times.at("plain", 1) + self.times.at("deep", 1 + len(drafted)) - self.times.at("deep", 1)
             seconds += self.times.at("shallow", 1) if len(drafted) >= max(fed, 1) else 0
             accepted = [*drafted, False].index(False)
@@ -314,6 +334,9 @@ class FixedLength(FixedPolicy):
         decision = super().decide(rows, entropy, cut)
         return type(decision)(decision.keep, self.left > 0)
 
+    def ahead(self, n: int) -> int:
+        return self.left
+
 
 @pytest.mark.parametrize("times", [CPU, FREE, BOUND], ids=["memory-bound", "free", "compute-bound"])
 @pytest.mark.parametrize("sharpness", [0.1, 0.4, 1.5])
@@ -321,6 +344,25 @@ def test_in_simulation_it_beats_every_fixed_length_and_plain_decoding(times: Ste
     world = Simulation(times, sharpness)
     fixed = max(world.tokens_per_second(FixedLength(n)) for n in range(LONGEST + 1))
     assert world.tokens_per_second(auto(times, sharpness=sharpness)) >= 0.99 * fixed
+
+
+@pytest.mark.parametrize("times", [CPU, FREE, BOUND], ids=["memory-bound", "free", "compute-bound"])
+@pytest.mark.parametrize("sharpness", [0.1, 0.4, 1.5])
+def test_in_simulation_it_beats_every_fixed_length_with_few_looks(times: StepTimes, sharpness: float):
+    """Steps that nobody has looked at are run in vain now and then; what they drafted is still chosen from."""
+    world = Simulation(times, sharpness, ahead=True)
+    fixed = max(world.tokens_per_second(FixedLength(n)) for n in range(LONGEST + 1))
+    assert world.tokens_per_second(auto(times, sharpness=sharpness)) >= 0.97 * fixed
+
+
+def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():
+    free, sure, unsure = auto(FREE), auto(CPU, sharpness=0.01), auto(CPU, sharpness=0.4)
+    assert all(policy.begin(1) for policy in (free, sure, unsure))
+    assert free.ahead(1) == sure.ahead(1) == LONGEST
+    assert 1 <= unsure.ahead(1) < LONGEST
+    sure.decide(torch.tensor([0]), torch.tensor([0.0]), 0)
+    assert sure.ahead(1) == LONGEST - 1
+    assert FixedPolicy().ahead(1) >= LONGEST
 
 
 @pytest.mark.parametrize("believed", [CPU, FREE], ids=["memory-bound", "free"])

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.drafter import Pending
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.rounds import Round, Sampled
+from vllm_earlyexit.engine.rounds import Round, Sampled, how_it_runs
 from vllm_earlyexit.engine.runner_v1 import SelfExitProposer
 
 LONGEST, VOCAB, LENGTH = 4, 3, 24
@@ -178,6 +179,14 @@ def test_only_what_the_round_before_left_is_resumed(data: st.DataObject):
     for _ in range(data.draw(st.integers(5, 15))):
         what = data.draw(st.sampled_from([engine.step] * 6 + [engine.arrive, engine.leave, engine.preempt]))
         what()
+
+
+def test_the_log_says_what_is_compiled_and_what_runs_in_graphs():
+    on_cpu = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE)
+    assert how_it_runs(on_cpu).endswith("run eager; nothing runs in CUDA graphs")
+    on_gpu = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert "compiled, outside CUDA graphs" in how_it_runs(on_gpu)
+    assert "FULL_AND_PIECEWISE" in how_it_runs(on_gpu)
 
 
 def test_the_fuzzing_resumes_something():

@@ -195,7 +195,11 @@ class Acceptance:
         """
         n = min(position, len(self._probability) - 1)
         corrected = np.clip(self._probability[n] * self.correction, 0.0, 1.0)
-        return np.where(self._entropy[n] <= leaving, 1.0, corrected)
+        return np.where(self.leaves(position, leaving), 1.0, corrected)
+
+    def leaves(self, position: int, leaving: float) -> np.ndarray:
+        """Return which of ``spread``'s tokens leave; arguments as there."""
+        return self._entropy[min(position, len(self._entropy) - 1)] <= leaving
 
     def learn(self, expected: float, accepted: bool) -> None:
         """Take note of one verified draft token that was expected to be accepted with probability ``expected``."""

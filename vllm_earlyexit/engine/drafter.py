@@ -30,9 +30,10 @@ logger = init_logger("vllm.earlyexit")
 SILENT = 64
 """Tokens about which heads say nothing, because their logits are not numbers, until they are not asked any more."""
 
-KVContext = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], AbstractContextManager[None]]
-"""Given some of a round's rows, rising, how many tokens of each (None for one), both int64 [n], and the positions of
-all these tokens, int64 [num_tokens], a forward context of them."""
+KVContext = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], AbstractContextManager[torch.Tensor]]
+"""Given some of a round's rows, rising, int64 [n]; how many tokens of each, int64 [n] on the host (None for one); and
+the positions of all these tokens, int64 [num_tokens] on the host: a forward context of them that yields the positions
+on the model's device."""
 
 
 HeadSampler = Callable[[Sequence[int], torch.Tensor, Sequence[Sequence[int]]], torch.Tensor]
@@ -83,6 +84,21 @@ class Pending:
     states: dict[str, torch.Tensor]
     passed: Sequence[int]
     skipping: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """A draft step that was run before anyone looked at what the one before it has drafted.
+
+    Attributes:
+        rows: The sequences.
+        at_cut: Their newest tokens' hidden states, by name, each [n, hidden_size].
+        asked: What the head says about these.
+    """
+
+    rows: Sequence[int]
+    at_cut: Mapping[str, torch.Tensor]
+    asked: Asked
 
 
 @dataclass
@@ -145,6 +161,8 @@ class SelfExitDrafter:
         self._counters = Counters(config.counters)
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
         self._segments = segments
+        self.looks_ahead = vllm_config.device_config.device_type != "cpu"
+        """Whether steps are run without a look at what they have drafted, as many as are expected to pay."""
 
     def draft(
         self,
@@ -177,14 +195,19 @@ class SelfExitDrafter:
         def copies(counts: Mapping[int, int]) -> dict[int, Sequence[int]]:
             return {row: found[row].tokens[:count] for row, count in counts.items()}
 
-        def begin() -> tuple[bool, int, dict[int, Sequence[int]]]:
-            ask = self.policy.begin(frontier.num_seqs, lookup, limits)
-            return ask and self.silent < SILENT, self.policy.exit, copies(self.policy.copied)
+        def begin() -> tuple[bool, int, dict[int, Sequence[int]], int]:
+            ask = self.policy.begin(frontier.num_seqs, lookup, limits) and self.silent < SILENT
+            copied = self.policy.copied
+            ahead = self.policy.ahead(frontier.num_seqs - len(copied)) if ask and self.looks_ahead else 1
+            return ask, self.policy.exit, copies(copied), ahead
 
-        ask, exit_, copied = agreed(begin)
+        ask, exit_, copied, ahead = agreed(begin)
         frontier.copy(copied)
         if ask:
-            self._ask(frontier, exit_, previous(), kv_context, leaving)
+            if ahead > 1 and leaving is None:
+                self._ask_ahead(frontier, exit_, previous(), kv_context, ahead)
+            else:
+                self._ask(frontier, exit_, previous(), kv_context, leaving)
             frontier.copy(agreed(lambda: copies(self.policy.append(lookup))))
         return frontier.drafts()
 
@@ -201,10 +224,8 @@ class SelfExitDrafter:
             if (step := frontier.step) is None:
                 break
             cut, before, left = exit_, of_rows(previous, step.rows), dict[int, Left]()
-            with kv_context(step.rows, None, step.positions):
-                at_cut = run_segments(self.exits[cut].below, step.input_ids, step.positions)
-                assert isinstance(at_cut, IntermediateTensors)
-                asked = self.exits[cut].head(residual_stream(at_cut), step.positions, before)
+            with kv_context(step.rows, None, step.positions) as positions:
+                at_cut, asked = self._step(cut, step.input_ids, positions, before)
             frontier.keep(at_cut.tensors, cut)
             asked, final = self._leave(step.rows, asked, cut, position, frontier, leaving)
             tokens, decision = self._decide(step.rows, asked, cut, final)
@@ -226,6 +247,65 @@ class SelfExitDrafter:
             frontier.advance(tokens, keep, left)
             if not decision.go_on:
                 break
+
+    def _step(
+        self, cut: int, input_ids: torch.Tensor, positions: torch.Tensor, before: torch.Tensor
+    ) -> tuple[IntermediateTensors, Asked]:
+        """Feed tokens through the layers below a cut and ask the head there; shapes as in ``Head``."""
+        at_cut = run_segments(self.exits[cut].below, input_ids, positions)
+        assert isinstance(at_cut, IntermediateTensors)
+        return at_cut, self.exits[cut].head(residual_stream(at_cut), positions, before)
+
+    def _ask_ahead(
+        self, frontier: Frontier, cut: int, previous: torch.Tensor, kv_context: KVContext, count: int
+    ) -> None:
+        """Draft from an exit, ``count`` steps until the first look; other arguments as in ``draft``.
+
+        A look waits for the device. Between two looks sequences draft on that have stopped; what they draft then is
+        thrown away, and what it has written to a sequence's own slots is overwritten when the slots are due.
+        """
+        while frontier.step is not None:
+            ran = self._run_ahead(frontier, cut, previous, kv_context, count)
+            if not self._look(frontier, cut, previous, ran):
+                return
+            count = agreed(lambda: self.policy.ahead(len(frontier.drafting)))
+
+    def _run_ahead(
+        self, frontier: Frontier, cut: int, previous: torch.Tensor, kv_context: KVContext, count: int
+    ) -> list[Unseen]:
+        """Run up to ``count`` draft steps in a row."""
+        step = frontier.step
+        assert step is not None
+        last, ids, before, ran = frontier.drafting, step.input_ids, of_rows(previous, step.rows), list[Unseen]()
+        for rows, on_host in frontier.ahead(count):
+            if len(rows) < len(last):
+                going = torch.tensor([last.index(row) for row in rows], device=ids.device)
+                ids, before = ids[going], before[going]
+            on = step.rows if len(rows) == len(step.rows) else torch.tensor(rows, device=ids.device)
+            with kv_context(on, None, on_host) as positions:
+                at_cut, asked = self._step(cut, ids, positions, before)
+            ran.append(Unseen(rows, at_cut.tensors, asked))
+            last, ids, before = rows, asked.token_ids.to(ids.dtype), asked.features
+        return ran
+
+    def _look(self, frontier: Frontier, cut: int, previous: torch.Tensor, ran: Sequence[Unseen]) -> bool:
+        """Decide on what draft steps in a row have drafted, step by step; return whether to go on."""
+        sizes, going = [len(one.rows) for one in ran], False
+        said = [torch.cat([one.asked.token_ids.double() for one in ran]), torch.cat([one.asked.entropy for one in ran])]
+        token_ids, entropy = torch.stack(said).cpu()  # the only wait
+        for one, ids, unsure in zip(ran, token_ids.long().split(sizes), entropy.float().split(sizes), strict=True):
+            rows, device = frontier.drafting, one.asked.features.device
+            if not rows:
+                return False
+            at = torch.tensor([one.rows.index(row) for row in rows])
+            seen = Asked(one.asked.features, ids[at], unsure[at])
+            tokens, decision = self._decide(torch.tensor(rows), seen, cut, None, lift=False)
+            index = at.to(device)
+            frontier.keep({name: of_rows(states, index) for name, states in one.at_cut.items()}, cut)
+            previous.index_copy_(0, torch.tensor(rows, device=device), of_rows(seen.features, index))
+            frontier.advance(tokens, decision.keep)
+            going = decision.go_on
+        return going
 
     def _leave(
         self, rows: torch.Tensor, asked: Asked, cut: int, position: int, frontier: Frontier, leaving: Leaving | None
@@ -249,12 +329,12 @@ class SelfExitDrafter:
         return asked._replace(token_ids=asked.token_ids.index_copy(0, index, tokens)), final.index_copy(0, index, known)
 
     def _decide(
-        self, rows: torch.Tensor, asked: Asked, cut: int, final: torch.Tensor | None
+        self, rows: torch.Tensor, asked: Asked, cut: int, final: torch.Tensor | None, lift: bool = True
     ) -> tuple[torch.Tensor, Decision]:
         """Return what is drafted for some sequences after a head was asked, int64 [n], and what to do with it."""
 
         def decide() -> tuple[torch.Tensor, Decision]:
-            decision = self.policy.decide(rows, asked.entropy, cut, final)
+            decision = self.policy.decide(rows, asked.entropy, cut, final, lift)
             return asked.token_ids, replace(decision, keep=decision.keep & self._said(asked))
 
         return agreed(decide)
@@ -287,14 +367,14 @@ class SelfExitDrafter:
             kv_context: Where KV is.
         """
         standing = frontier.standing(rows.tolist(), cut)
-        with kv_context(rows, standing.counts, standing.positions):
+        with kv_context(rows, standing.counts, standing.positions) as positions:
             state = IntermediateTensors(standing.states)
-            lifted = self.exits[cut + 1].below[-1](None, standing.positions, state)
+            lifted = self.exits[cut + 1].below[-1](None, positions, state)
         assert isinstance(lifted, IntermediateTensors)
         frontier.lift(standing, lifted.tensors, cut + 1)
-        positions = standing.positions[standing.newest]
-        with kv_context(rows, None, positions):
-            return self.exits[cut + 1].head(residual_stream(lifted)[standing.newest], positions, before)
+        newest = standing.newest.to(positions.device)
+        with kv_context(rows, None, standing.positions[standing.newest]) as positions:
+            return self.exits[cut + 1].head(residual_stream(lifted)[newest], positions, before)
 
     def verify(
         self,

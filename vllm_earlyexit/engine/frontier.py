@@ -7,7 +7,7 @@ hidden states from the start of a round of drafting until the forward pass that 
 runners, models or devices beyond the tensors it is given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ class Step:
     Attributes:
         rows: The sequences, as indices into the round, int64 [n].
         input_ids: The tokens to feed, int32 [n].
-        positions: Their positions, int64 [n].
+        positions: Their positions, int64 [n], on the host.
     """
 
     rows: torch.Tensor
@@ -43,8 +43,8 @@ class Standing:
 
     Attributes:
         rows: The sequences.
-        counts: Tokens of each, int64 [n].
-        positions: Of the tokens, int64 [num_tokens].
+        counts: Tokens of each, int64 [n], on the host.
+        positions: Of the tokens, int64 [num_tokens], on the host.
         places: Where the frontier keeps their hidden states, int64 [num_tokens].
         states: These, at the cut, by name, each [num_tokens, hidden_size].
     """
@@ -98,9 +98,29 @@ class Frontier:
             self._step = Step(
                 self._tensor(rows),
                 self._tensor([self._tokens[row][-1] for row in rows], torch.int32),
-                self._tensor(positions),
+                torch.tensor(positions),
             )
         return self._step
+
+    @property
+    def drafting(self) -> Sequence[int]:
+        """The sequences that still draft."""
+        return self._rows
+
+    def ahead(self, count: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield which sequences would feed a token in each of the next steps, and where, if they stop at limits only.
+
+        Args:
+            count: How many steps at most.
+
+        Yields:
+            The sequences, and the positions of their tokens, int64 [n], on the host.
+        """
+        for later in range(count):
+            rows = [row for row in self._rows if len(self._tokens[row]) + later <= self._limits[row]]
+            if not rows:
+                return
+            yield rows, torch.tensor([self._first[row] + len(self._tokens[row]) - 1 + later for row in rows])
 
     def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
@@ -134,8 +154,8 @@ class Frontier:
         ]
         return Standing(
             rows=rows,
-            counts=self._tensor(counts),
-            positions=self._tensor([self._first[row] + column for row, column in each]),
+            counts=torch.tensor(counts),
+            positions=torch.tensor([self._first[row] + column for row, column in each]),
             places=(places := self._tensor([row * self._columns + column for row, column in each])),
             states=self._get(places),
         )

@@ -1,5 +1,6 @@
 """Exit policies: after each draft step, which tokens to draft, and whether to go on."""
 
+import functools
 import logging
 import math
 import time
@@ -12,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from vllm_earlyexit.config import EarlyExitConfig
+from vllm_earlyexit.config import MAX_DRAFT_LENGTH, EarlyExitConfig
 from vllm_earlyexit.engine.cost import Acceptance, Copying, StepTimes
 from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.lookup import Repeat
@@ -147,6 +148,19 @@ class Decision:
     deeper: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Worth:
+    """What asking the head is worth to a sequence.
+
+    Attributes:
+        asking: For each draft position, in tokens, at each probability in ``GRID`` that all before it is accepted.
+        steps: At how many draft positions in a row it is expected to be worth something before anything is drafted.
+    """
+
+    asking: Sequence[np.ndarray]
+    steps: int
+
+
 Lookup = Callable[[], Sequence[Repeat]]
 RowLimits = Sequence[Limits | None]
 
@@ -179,7 +193,7 @@ class Policy(Protocol):
         """
 
     def decide(
-        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None, lift: bool = True
     ) -> Decision:
         """Decide what to do with the newest tokens of some sequences.
 
@@ -188,7 +202,11 @@ class Policy(Protocol):
             entropy: Of the head's choices, in nats, [n].
             cut: Which exit's head was asked; a later one than ``exit`` for tokens that went deeper in the same step.
             final: Which tokens leave, bool [n]: what verification says of these does not matter. None if none do.
+            lift: Whether some may be taken on to the next exit.
         """
+
+    def ahead(self, n: int) -> int:
+        """Say how many draft steps of ``n`` sequences to run, if a look takes time, before one at what they draft."""
 
     def append(self, lookup: Lookup) -> Mapping[int, int]:
         """Say for which sequences to copy how many tokens behind what the head has drafted for them, possibly nothing.
@@ -215,10 +233,14 @@ class FixedPolicy:
         return True
 
     def decide(
-        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None, lift: bool = True
     ) -> Decision:
         """Keep every token and go on."""
         return Decision(torch.ones_like(rows, dtype=torch.bool))
+
+    def ahead(self, n: int) -> int:
+        """Run all of them: nothing depends on what is seen."""
+        return MAX_DRAFT_LENGTH
 
     def append(self, lookup: Lookup) -> Mapping[int, int]:
         """Copy nothing."""
@@ -244,12 +266,17 @@ class EntropyPolicy(FixedPolicy):
         self.thresholds = thresholds
 
     def decide(
-        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None, lift: bool = True
     ) -> Decision:
         """Keep final tokens and those up to the threshold; an entropy that is not a number stops the draft."""
         keep = entropy <= self.thresholds[cut]
         keep = keep if final is None else keep | final
-        return Decision(keep, deeper=~keep & ~entropy.isnan() if cut + 1 < len(self.thresholds) else None)
+        lifted = lift and cut + 1 < len(self.thresholds)
+        return Decision(keep, deeper=~keep & ~entropy.isnan() if lifted else None)
+
+    def ahead(self, n: int) -> int:
+        """Look after each step: nothing says how many are worth their time."""
+        return 1
 
 
 class AutoPolicy:
@@ -272,6 +299,9 @@ class AutoPolicy:
     if the calibrated acceptance there, of tokens that were so unsure here, is worth the layers between, its head, and
     verifying one more token; the layers are counted as if verification did not need them anyway.
 
+    A token that leaves adds nothing to verify where the one before it then skips the layers above (``skips``): only the
+    layers below the cut are due for it.
+
     Where a sequence's newest tokens occurred in it before, what followed then costs no draft step. Such a copy is taken
     instead of asking the head if it is worth more, and behind what the head has drafted; how often copies are accepted,
     by the length of what occurred before, is learned from verification. Copies leave λ alone: a token drafted elsewhere
@@ -282,19 +312,28 @@ class AutoPolicy:
         acceptances: From entropy to acceptance, for each exit.
         longest: The longest draft.
         clock: Tells the time in seconds.
+        skips: Whether tokens behind which others leave skip the layers above; otherwise they are verified as all are.
     """
 
     MEMORY = 0.95
 
-    def __init__(self, acceptances: Sequence[Acceptance], longest: int, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        acceptances: Sequence[Acceptance],
+        longest: int,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        skips: bool = False,
+    ):
         self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
+        self._skips = skips
         self._copying = Copying()
         self._copies: dict[int, Copy] = {}
         self._fast = False
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
         self._rates: dict[int, tuple[float, float]] = {}
-        self._values: dict[tuple[int, int, Limits | None], tuple[tuple[float, float], list[np.ndarray]]] = {}
+        self._values: dict[tuple[int, int, Limits | None], tuple[tuple[float, float], Worth]] = {}
         self._drafted: dict[int, list[Drafted]] = {}
         self._limits: RowLimits = ()
         self._around: float | None = None
@@ -399,7 +438,7 @@ class AutoPolicy:
         return {row: copy.count for row, copy in found.items()}
 
     def decide(
-        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None
+        self, rows: torch.Tensor, entropy: torch.Tensor, cut: int, final: torch.Tensor | None = None, lift: bool = True
     ) -> Decision:
         """Keep the rows whose drafts raise the rate together; go on if asking again is expected to."""
         at, unsure = rows.cpu().numpy(), entropy.cpu().numpy()
@@ -413,23 +452,42 @@ class AutoPolicy:
         self._asked += 1
         self._spent += self._head(len(at), cut)
         later = np.maximum(self._asking(at, reached, self._step + 1), 0)
-        added = self._added(np.arange(1, len(at) + 1))
-        kept = np.zeros(len(at), dtype=bool)
-        kept[self._together(reached + later, added)] = True
+        skipping = leaves & self._skips
+        kept = self._worth_keeping(reached + later, skipping)
         self._reached[at[kept]] = reached[kept]
         for row, expected, leaf in zip(at[kept].tolist(), probability[kept].tolist(), leaves[kept], strict=True):
             self._drafted.setdefault(row, []).append(Drafted(cut, expected, bool(leaf)))
-        self._spent += float(self._added(int(kept.sum())))
-        self._tokens += int(kept.sum())
+        verified, skipped = int((kept & ~skipping).sum()), int((kept & skipping).sum())
+        self._spent += float(self._added(verified)) + float(self._times.at("shallow", skipped))
+        self._tokens += verified
         self._kept = np.concatenate([self._kept, reached[kept]])
         self._kept_rows = np.concatenate([self._kept_rows, at[kept]])
         go_on = len(self._kept) > 0 and bool(self._asking(self._kept_rows, self._kept, self._step + 1).sum() > 0)
-        deeper = ~kept & self._go_deeper(before * ~kept, unsure, cut)
+        deeper = ~kept & self._go_deeper(before * ~kept, unsure, cut) if lift else np.zeros_like(kept)
         return Decision(
             torch.from_numpy(kept).to(rows.device),
             go_on,
             torch.from_numpy(deeper).to(rows.device) if deeper.any() else None,
         )
+
+    def _worth_keeping(self, gain: np.ndarray, skipping: np.ndarray) -> np.ndarray:
+        """Return which tokens to keep, bool [n]: those that raise the rate most together, of either kind.
+
+        Args:
+            gain: Tokens that each is worth, [n].
+            skipping: Which of them spare their sequence a token to verify, instead of adding one, bool [n].
+        """
+        kept = np.zeros(len(gain), dtype=bool)
+        for kind, cost in ((skipping, functools.partial(self._times.at, "shallow")), (~skipping, self._added)):
+            rows = np.flatnonzero(kind)
+            if len(rows):
+                kept[rows[self._together(gain[rows], cost(np.arange(1, len(rows) + 1)))]] = True
+        return kept
+
+    def ahead(self, n: int) -> int:
+        """Run as many as are each expected to pay, by what calibration says of the ones before, and at least one."""
+        limits = self._limits[0] if self._limits else None
+        return max(1, self._value(n, limits).steps - self._step - 1)
 
     def _go_deeper(self, reached: np.ndarray, entropy: np.ndarray, cut: int) -> np.ndarray:
         """Return which rows are worth taking on to the next exit, bool [n].
@@ -542,10 +600,10 @@ class AutoPolicy:
         worth = np.empty(n)
         for kind in set(kinds):
             own = [other == kind for other in kinds]
-            worth[own] = np.interp(reached[own], GRID, self._value(n, kind)[step])
+            worth[own] = np.interp(reached[own], GRID, self._value(n, kind).asking[step])
         return worth
 
-    def _value(self, n: int, limits: Limits | None) -> list[np.ndarray]:
+    def _value(self, n: int, limits: Limits | None) -> Worth:
         """Return what ``_tabulate`` does, tabulated anew only if what it depends on has changed."""
         now = (self._rate * self._acceptance.correction, 1 + self._rate * self._head(n, self.exit))
         known = self._values.get((self.exit, n, limits))
@@ -555,19 +613,33 @@ class AutoPolicy:
             known = self._values[self.exit, n, limits] = (now, self._tabulate(n, limits))
         return known[1]
 
-    def _tabulate(self, n: int, limits: Limits | None) -> list[np.ndarray]:
-        """Return for each draft position what asking is worth to one of n rows, at each probability in ``GRID``."""
-        each = self._rate * float(self._added(n)) / n
+    def _tabulate(self, n: int, limits: Limits | None) -> Worth:
+        """Return what asking is worth to one of n rows."""
+        each, fed = self._rate * float(self._added(n)) / n, self._rate * float(self._times.at("shallow", n)) / n
         head = self._rate * self._head(n, self.exit) / n
         tables: list[np.ndarray] = []
         later = np.zeros_like(GRID)
         for step in reversed(range(self._longest)):
             leaving = -math.inf if limits is None else limits.at(self.exit, step)
             reached = GRID[:, None] * self._acceptance.spread(step, leaving)[None, :]
-            kept = reached - each + np.interp(reached, GRID, later)
+            skips = self._acceptance.leaves(step, leaving) & self._skips
+            kept = reached - np.where(skips, fed, each) + np.interp(reached, GRID, later)
             tables.append(np.maximum(kept, 0).mean(axis=1) - head)
             later = np.maximum(tables[-1], 0)
-        return tables[::-1]
+        return Worth(tables[::-1], self._steps(tables[::-1]))
+
+    def _steps(self, asking: Sequence[np.ndarray]) -> int:
+        """Return how many draft steps in a row are worth asking, each by what is likely to be reached before it."""
+        likely: np.ndarray = np.zeros_like(GRID)
+        likely[-1] = 1.0
+        for step, worth in enumerate(asking):
+            if likely @ worth <= 0:
+                return step
+            spread = self._acceptance.spread(step)
+            reached = np.rint(GRID[:, None] * spread[None, :] * (len(GRID) - 1)).astype(int)
+            weights = np.repeat(likely / len(spread), len(spread))
+            likely = np.bincount(reached.ravel(), weights, minlength=len(GRID))
+        return len(asking)
 
     def _close(self) -> None:
         """Remember the expected tokens and seconds of the round that ends, and what it took beside the model."""
@@ -614,5 +686,5 @@ def build_policy(config: EarlyExitConfig, heads: Sequence[ExitHeadConfig]) -> Po
         acceptances = [
             Acceptance([p.entropy for p in at], [p.probability for p in at], [p.deeper for p in at]) for at in maps
         ]
-        return AutoPolicy(acceptances, config.num_speculative_tokens)
+        return AutoPolicy(acceptances, config.num_speculative_tokens, skips=config.fill_in == "propagate")
     return FixedPolicy()

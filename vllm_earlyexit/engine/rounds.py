@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -27,7 +27,7 @@ from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
 from vllm_earlyexit.engine.ranks import run_by_first
-from vllm_earlyexit.provenance import cpu_name
+from vllm_earlyexit.provenance import accelerator_name, cpu_name
 
 logger = init_logger("vllm.earlyexit")
 
@@ -178,6 +178,7 @@ class SelfExit:
         """Take the loaded target model; drafting shares its weights."""
         self.drafter = SelfExitDrafter(target_model, self.config, self.vllm_config)
         logger.info("self-exit speculation on Model Runner %s with %s", self.runner_name, self.config)
+        logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config))
 
     @torch.inference_mode()
     def measure_on(self, runner: Runner) -> None:
@@ -189,9 +190,9 @@ class SelfExit:
 
         def run(n: int) -> list[float]:
             ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
-            positions = torch.full((n,), position, dtype=torch.int64, device=runner.device)
             blocks = {group: torch.zeros_like(table).expand(n, -1) for group, table in any_blocks.items()}
-            with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, None, positions):
+            at = torch.full((n,), position)
+            with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, None, at) as positions:
                 return self.drafter.timed(ids, positions)
 
         run(2)  # compiles the heads, for any number of tokens
@@ -209,8 +210,8 @@ class SelfExit:
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""
         known = [self.vllm_config.compute_hash(), SIZES, longest, cpu_name(), torch.get_num_threads()]
-        if torch.accelerator.is_available():
-            known.append(torch.get_device_module().get_device_name())
+        if accelerator := accelerator_name():
+            known.append(accelerator)
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
         return Path(envs.VLLM_CACHE_ROOT) / "self_exit" / f"step-times-{key}.json"
 
@@ -243,14 +244,14 @@ class SelfExit:
             return runner.blocks(torch.tensor(rows, device=runner.device))
 
         @contextmanager
-        def context(on: torch.Tensor, counts: torch.Tensor | None, at: torch.Tensor) -> Iterator[None]:
+        def context(on: torch.Tensor, counts: torch.Tensor | None, at: torch.Tensor) -> Iterator[torch.Tensor]:
             tables = {group: of_rows(table, on) for group, table in blocks().items()}
 
             def owners() -> list[int]:
-                return [rows[n] for n in (on if counts is None else on.repeat_interleave(counts)).tolist()]
+                return [rows[n] for n in (on.cpu() if counts is None else on.cpu().repeat_interleave(counts)).tolist()]
 
-            with runner.adapters(owners), self._kv_context(runner, tables, counts, at):
-                yield
+            with runner.adapters(owners), self._kv_context(runner, tables, counts, at) as positions:
+                yield positions
 
         def text(n: int, draft: Sequence[int]) -> np.ndarray:
             tokens = runner.text(rows[n], sampled[n].position + 1)
@@ -288,6 +289,7 @@ class SelfExit:
             return None
         frontier = last_round.frontier
         owner: list[int] = []
+        fed_at: list[int] = []
         passed: list[int] = []
         places: list[tuple[int, int]] = []
         skipping: list[int] = []
@@ -297,6 +299,7 @@ class SelfExit:
                 skipping += range(len(owner), len(owner) + skipped)
                 last_round.skipped[found] = skipped
             owner += [scheduled.row] * count
+            fed_at += range(scheduled.position, scheduled.position + count)
             passed += [*(1 + cut for cut in frontier.cuts(found)[:same]), *[0] * (count - same)]
             places += [(found, column) for column in range(same)]
         if not places:
@@ -306,11 +309,8 @@ class SelfExit:
         def context(low: Sequence[int]) -> Iterator[None]:
             counts = Counter(owner[at] for at in low)
             tables = runner.blocks(torch.tensor([*counts], device=positions.device))
-            each = torch.tensor([*counts.values()], device=positions.device)
-            with (
-                runner.adapters(lambda: [owner[at] for at in low]),
-                self._kv_context(runner, tables, each, positions[low]),
-            ):
+            each, at = torch.tensor([*counts.values()]), torch.tensor([fed_at[n] for n in low])
+            with runner.adapters(lambda: [owner[n] for n in low]), self._kv_context(runner, tables, each, at):
                 yield
 
         return self.drafter.verify(input_ids, positions, Pending(frontier.states(places), passed, skipping), context)
@@ -393,32 +393,39 @@ class SelfExit:
 
     @contextmanager
     def _kv_context(
-        self, runner: Runner, blocks: Blocks, counts: torch.Tensor | None, positions: torch.Tensor
-    ) -> Iterator[None]:
+        self, runner: Runner, blocks: Blocks, counts: torch.Tensor | None, at: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
         """A forward context of some tokens of some sequences, KV going to the target's own blocks.
+
+        What it needs to know of them is on the host already, so that it does not wait for the device.
 
         Args:
             runner: What is known of the model runner.
             blocks: Of the sequences.
-            counts: Tokens of each sequence, int64 [n]; None for one each.
-            positions: Of the tokens, rising within a sequence, int64 [counts.sum()].
+            counts: Tokens of each sequence, int64 [n], on the host; None for one each.
+            at: Positions of the tokens, rising within a sequence, int64 [counts.sum()], on the host.
+
+        Yields:
+            The positions, on the runner's device.
         """
-        num_tokens = len(positions)
+        num_tokens, positions = len(at), at.to(runner.device)
         if counts is None:
             n, most = num_tokens, 1
             starts = torch.arange(n + 1, dtype=torch.int32)
-            seq_lens = (positions + 1).to(torch.int32)
+            seq_lens_cpu = (at + 1).to(torch.int32)
         else:
             n, most = len(counts), int(counts.max())
             ends = counts.cumsum(0)
             starts = torch.zeros(n + 1, dtype=torch.int32)
             starts[1:] = ends
-            seq_lens = (positions[ends - 1] + 1).to(torch.int32)
-        seq_lens_cpu = seq_lens.cpu()
+            seq_lens_cpu = (at[ends - 1] + 1).to(torch.int32)
+        seq_lens, each = seq_lens_cpu.to(runner.device), None if counts is None else counts.to(runner.device)
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for number, attn_groups in enumerate(runner.attn_groups):
-            table = blocks[number] if counts is None else blocks[number].repeat_interleave(counts, dim=0)
+            table = blocks[number]
+            if each is not None:
+                table = table.repeat_interleave(each, dim=0, output_size=num_tokens)
             slot_mapping = slots_of(table, positions, runner.block_sizes[number])
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
@@ -438,7 +445,16 @@ class SelfExit:
                 metadata |= dict.fromkeys(group.layer_names, built)
                 slots |= dict.fromkeys(group.layer_names, slot_mapping)
         with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
-            yield
+            yield positions
+
+
+def how_it_runs(config: CompilationConfig) -> str:
+    """Return a sentence on which parts of serving are compiled, and which run in CUDA graphs."""
+    compiled = "eager" if config.mode in (None, CompilationMode.NONE) else "compiled"
+    ours = f"draft steps and resumed verification run {compiled}"
+    if config.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return f"{ours}; nothing runs in CUDA graphs"
+    return f"{ours}, outside CUDA graphs; vLLM's own steps run in {config.cudagraph_mode.name} graphs"
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Model Runner V2: a speculator that drafts with the target's own layers, and resumes in its forward pass.
 
-Like the V1 adapter it decides on the host, token by token, while the scheduler waits for its drafts. It was run on CPUs
-through Triton's interpreter, and never on a GPU.
+Like the V1 adapter it decides on the host, while the scheduler waits for its drafts. It was run on CPUs through
+Triton's interpreter, and never on a GPU.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,10 @@ class RunnerV2:
         return {group: table.gpu[rows] for group, table in enumerate(self._runner.block_tables.block_tables)}
 
     def text(self, row: int, length: int) -> np.ndarray:
-        """Return the first tokens of a row."""
-        return self._runner.req_states.all_token_ids.gpu[row, :length].cpu().numpy()
+        """Return the first tokens of a row; on GPUs they lie in host memory that kernels write to."""
+        kept = self._runner.req_states.all_token_ids
+        shared = getattr(kept, "_uva_buf", None)
+        return kept.gpu[row, :length].cpu().numpy() if shared is None else shared.np[row, :length]
 
     def adapters(self, rows: Callable[[], list[int]]) -> AbstractContextManager[None]:
         """Do nothing: with LoRA adapters V1 serves."""
@@ -166,7 +168,10 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         if self._round is not None:  # a CUDA graph ran the whole batch from the bottom
             self._verifying, self._round = self._round, None
         longest = most if num_speculative_tokens is None else num_speculative_tokens
-        counts, index = num_sampled.tolist(), input_batch.idx_mapping
+        index = input_batch.idx_mapping
+        computed = self._runner.req_states.num_computed_tokens.gpu[index]
+        of_each = [num_sampled.long(), last_sampled[index].flatten(), computed.long()]
+        counts, tokens, positions = torch.stack(of_each).tolist()  # waits for the device
         verified = input_batch.num_draft_tokens_per_req
         drafted = [0] * len(counts) if verified is None else verified.tolist()
         requests = [self._requests[req_id] for req_id in input_batch.req_ids]
@@ -175,8 +180,6 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         rows = [row for row, count in enumerate(counts) if count]
         if not rows or longest == 0:
             return drafts
-        tokens = last_sampled[index].flatten().tolist()
-        positions = self._runner.req_states.num_computed_tokens.gpu[index].tolist()
         places = input_batch.idx_mapping_np.tolist()
 
         def sampled(row: int) -> Sampled:
@@ -191,10 +194,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             return last_hidden_states[input_batch.logits_indices[at]]
 
         found = self.draft(RunnerV2(self._runner), [sampled(row) for row in rows], previous)
+        whole = [[0] * most for _ in counts]
         for row, draft in zip(rows, found, strict=True):
-            drafts[row, : len(draft)] = torch.tensor(draft, dtype=torch.int64, device=drafts.device)
+            whole[row][: len(draft)] = draft
             self._drafts[input_batch.req_ids[row]] = draft
-        return drafts
+        return drafts.copy_(torch.tensor(whole))
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: torch.Tensor) -> None:
         """Do nothing: ``propose`` has kept the drafts."""
