@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from benchmarks.oracle import PLAIN, Oracle
 from vllm_earlyexit.engine.early_exit import ACCURACY
 from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
-EARLY = ("early", "early-heads")
+EARLY = ("early", "early-heads", "oracle")
 
 
 @dataclass
@@ -122,15 +123,16 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K
     tokens after the longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this
     fill-in and accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``depth:N``: plain
-    decoding of the model without its layers from the N-th on. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head
+    decoding of the model without its layers from the N-th on. ``oracle:FILL``: early exits of tokens on which head and
+    plain decoding agree. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head
     in this folder or of this Hub id.
     """
     name, *numbers = config.split(":")
     if name == "eagle3" and len(numbers) == 2:
         return {"method": "eagle3", "num_speculative_tokens": int(numbers[0]), "model": numbers[1]}
     ours: dict[str, Any] = {"method": "self_exit"} | ({"model": setup.heads} if setup.heads else {})
-    if name in EARLY:
-        fill_in, _accuracy = numbers
+    if name in EARLY and numbers:
+        fill_in = numbers[0]
         lookup = {"prompt_lookup": False} if name == "early-heads" else {}
         return ours | {"lowest_accuracy": LOWEST, "fill_in": fill_in, "check_rate": 0.05} | lookup
     match name, [int(number) for number in numbers]:
@@ -154,7 +156,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     raise ValueError(
         f"there is no configuration {config!r}; write ar, self-exit[:LAYER], heads-only[:LAYER], entropy, "
         "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, "
-        "early-heads:FILL:ACCURACY, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
+        "early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
     )
 
 
@@ -166,6 +168,7 @@ class VLLMEngine:
         from vllm import LLM
 
         self._setup, self._asked = setup, dict[str, Any]()
+        self._plain_outputs: dict[tuple[int, ...], list[int]] = {}
         name, *numbers = config.split(":")
         shallower = {"hf_overrides": {"num_hidden_layers": int(numbers[0])}} if name == "depth" else {}
         shared = {} if setup.memory_share is None else {"gpu_memory_utilization": setup.memory_share}
@@ -182,35 +185,48 @@ class VLLMEngine:
             **shared,
         )
         self._number = 0
+        self._oracle = None
+        if name == "oracle":
+            self._oracle, self._asked = Oracle(adapter_of(self._llm)), {ACCURACY: LOWEST}
 
     def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
         """Answer all prompts; as soon as one is done the next one starts."""
-        from vllm import SamplingParams
-
-        engine = self._llm.llm_engine
-        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens, extra_args=self._asked or None)
-        waiting = deque(map(self._prompt, prompts))
-        first, outputs = self._number, {}
+        asked = [self._prompt(prompt) for prompt in prompts]
+        if self._oracle is not None:
+            new = [prompt for prompt in asked if tuple(prompt) not in self._plain_outputs]
+            self._plain_outputs |= zip(map(tuple, new), self._answers(new, concurrency, PLAIN), strict=True)
         before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
             started = time.perf_counter()
-            running = 0
-            while waiting or running:
-                while waiting and running < concurrency:
-                    engine.add_request(str(self._number), {"prompt_token_ids": waiting.popleft()}, params)
-                    self._number += 1
-                    running += 1
-                for output in engine.step():
-                    if output.finished:
-                        outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
-                        running -= 1
+            answers = self._answers(asked, concurrency, self._asked)
             seconds = time.perf_counter() - started
         after = self._counts()
         drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
-        answers = [outputs[number] for number in range(first, self._number)]
         predicted, measured = (now - then for now, then in zip(self._expected(), expected, strict=True))
         left = {name: count - early.get(name, 0) for name, count in self.early_counts().items()}
         return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured, left)
+
+    def _answers(self, prompts: list[list[int]], concurrency: int, asking: dict[str, Any]) -> list[list[int]]:
+        """Answer prompts, as soon as one is done the next one, asking for this with every request."""
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens, extra_args=asking or None)
+        waiting, first, running = deque(prompts), self._number, 0
+        outputs: dict[int, list[int]] = {}
+        while waiting or running:
+            while waiting and running < concurrency:
+                prompt = waiting.popleft()
+                inside = engine.add_request(str(self._number), {"prompt_token_ids": prompt}, params)
+                if self._oracle is not None:
+                    self._oracle.known[inside] = self._plain_outputs.get(tuple(prompt), ())
+                self._number += 1
+                running += 1
+            for output in engine.step():
+                if output.finished:
+                    outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
+                    running -= 1
+        return [outputs[number] for number in range(first, self._number)]
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on: what the scheduler asks for beyond that is not drafted."""

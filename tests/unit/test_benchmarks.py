@@ -1,15 +1,20 @@
 """The benchmarks' own arithmetic."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import quality
 from benchmarks.engines import Run, Setup, family, speculative_config
+from benchmarks.oracle import Oracle
 from benchmarks.quality import families
 from benchmarks.roofline import H100, SHAPES, best, speedup
 from benchmarks.throughput import early_exits, record, spread, turns
 from tests.unit.helpers import LAYERS, make_model
+from vllm_earlyexit.engine.early_exit import Limits
+from vllm_earlyexit.engine.head import Asked
 
 SETUP = Setup("model", "heads", "bfloat16", True, 8, 4, 64)
 
@@ -33,6 +38,24 @@ def test_a_record_compares_each_repeat_with_plain_decoding_of_the_same_repeat():
     assert found["repeats"] == [4.0, 4.0, 4.0]
     assert found["identical_to_plain_at_smallest_concurrency"] == 1
     assert record(SETUP, Path("p"), "ar", 2, plain, None, plain[0])["speedup_vs_ar"] is None
+
+
+def test_the_oracle_lets_leave_what_plain_decoding_says_as_well():
+    """Three sequences: one that has gone the way of plain decoding, one that has not, one that decodes losslessly."""
+    asked = Asked(torch.zeros(3, 1), torch.tensor([7, 7, 7]), torch.zeros(3))
+    drafter = SimpleNamespace(_leave=None)
+    adapter = SimpleNamespace(
+        draft=lambda *_: drafter._leave(torch.arange(3), asked, 0, 0, frontier, leaving), drafter=drafter
+    )
+    oracle = Oracle(adapter)
+    oracle.known = {"a": [1, 2, 7, 7], "b": [1, 2, 7], "c": [1, 2, 7]}
+    said = {"a": [1], "b": [3], "c": [1]}
+    sampled = [SimpleNamespace(request=SimpleNamespace(req_id=name, output_token_ids=said[name])) for name in "abc"]
+    frontier = SimpleNamespace(draft=lambda row: [2])
+    leaving = SimpleNamespace(limits=[Limits(((1.0,),)), Limits(((1.0,),)), None])
+    assert adapter.draft(None, sampled, None)[1].tolist() == [True, False, False]
+    asked.token_ids[0] = 8
+    assert not adapter.draft(None, sampled, None)[1].any()
 
 
 def test_early_exits_are_reported_with_the_mean_layer_that_decided(tmp_path: Path):
