@@ -28,7 +28,8 @@ def test_adapters_share_drafter_frontier_policy_and_counts(adapter: type[rounds.
     module = inspect.getmodule(adapter)
     assert module is not None
     beside = {name for name in imported(module) if not name.startswith(f"{rounds.__name__}.")}
-    assert beside <= {"vllm_earlyexit.engine.verification", "vllm_earlyexit.errors.EarlyExitError"}
+    verification = {"vllm_earlyexit.engine.verification", "vllm_earlyexit.engine.verification_v2.PlainSampler"}
+    assert beside <= verification | {"vllm_earlyexit.errors.EarlyExitError"}
     shared = imported(rounds)
     for part in ("drafter.SelfExitDrafter", "frontier.Frontier", "policy.AutoPolicy", "lookup.repeat_in"):
         assert f"vllm_earlyexit.engine.{part}" in shared

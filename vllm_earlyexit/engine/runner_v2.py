@@ -17,9 +17,11 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
+from vllm_earlyexit.engine.verification_v2 import PlainSampler
 from vllm_earlyexit.errors import EarlyExitError
 
 
@@ -90,6 +92,10 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         self.load_model(runner.model)
         runner.model.resume = self._forward
         runner.draft_tokens_handler = self
+        speculative = self.vllm_config.speculative_config
+        if type(runner.rejection_sampler) is RejectionSampler and runner.rejection_sampler.watermark_key is None:
+            assert speculative is not None
+            runner.rejection_sampler = PlainSampler(runner.sampler, speculative, runner.device)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Do nothing: draft steps run outside CUDA graphs."""

@@ -1,0 +1,120 @@
+"""On Model Runner V2, too, sampling parameters mean with self-exit what they mean without: same tokens for a seed.
+
+On a model with few tokens, because Triton's interpreter takes seconds for a sample of SmolLM2's 49,152.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engine.conftest import counters, engine
+from tests.engine.test_ranks import recurrent_heads
+from tests.engine.test_sampling import Answers, values
+from tests.engine.test_statistics import exact_distribution, model, pearson, sample
+from tests.engine.tiny import tiny_model
+
+__all__ = ["model"]
+
+TOKENS = 24
+PROMPTS = ([5, 6, 7], [40, 41, 42, 43, 44, 5, 6])
+SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 7}
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seed": SEEDED,
+    "another seed": SEEDED | {"seed": 8},
+    "low temperature": SEEDED | {"temperature": 0.3},
+    "top-p": SEEDED | {"top_p": 0.5},
+    "top-k": SEEDED | {"top_k": 3},
+    "min-p": SEEDED | {"min_p": 0.3},
+    "top-k, top-p and min-p": SEEDED | {"top_k": 10, "top_p": 0.8, "min_p": 0.05},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "presence and frequency penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5},
+    "penalties, sampled": SEEDED | {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    "logit bias": {"logit_bias": {5: -100.0, 9: 2.0}},
+    "allowed tokens": {"allowed_token_ids": list(range(20))},
+    "several choices": SEEDED | {"n": 2},
+    "stop token": {"stop_token_ids": list(range(30, 45))},
+    "min_tokens": {"min_tokens": 12, "stop_token_ids": list(range(10, 45))},
+    "max_tokens 2": {"max_tokens": 2},
+    "logprobs": {"logprobs": 4},
+    "logprobs, sampled": SEEDED | {"logprobs": 2},
+    "prompt logprobs": {"prompt_logprobs": 2},
+}
+REPORT_ONLY = {"logprobs", "prompt logprobs"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def answer(tiny: Path, setting: dict[str, Any] | None) -> Answers:
+    """Ask every case about every prompt, all in one changing batch."""
+    with engine(tiny, skip_tokenizer_init=True, max_model_len=128, speculative_config=setting) as llm:
+        asked = [(case, prompt) for prompt in PROMPTS for case in CASES]
+        fixed = {"temperature": 0, "max_tokens": TOKENS, "detokenize": False}
+        params = [SamplingParams(**(fixed | CASES[case])) for case, _ in asked]
+        prompts: list[Any] = [{"prompt_token_ids": prompt} for _, prompt in asked]
+        outputs: dict[str, list[Any]] = {}
+        for (case, _), output in zip(asked, llm.generate(prompts, params, use_tqdm=False), strict=True):
+            outputs.setdefault(case, []).append(output)
+        return Answers(outputs, counters(llm) if setting else {})
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> Answers:
+    return answer(tiny, None)
+
+
+@pytest.fixture(scope="module")
+def ours(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    heads = recurrent_heads(tmp_path_factory.mktemp("heads"), tiny)
+    return answer(tiny, {"method": "self_exit", "model": str(heads), "policy": "fixed", "num_speculative_tokens": 3})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_plain_decoding(plain: Answers, ours: Answers, case: str):
+    assert ours.tokens(case) == plain.tokens(case)
+    assert ours.ends(case) == plain.ends(case)
+
+
+def test_the_parameters_had_an_effect_and_drafts_were_accepted_and_rejected(plain: Answers, ours: Answers):
+    same = {case for case in CASES if plain.tokens(case) == plain.tokens("greedy")}
+    assert same == {"greedy"} | REPORT_ONLY
+    assert 50 < ours.counted["accepted_tokens"] < ours.counted["draft_tokens"] - 50
+
+
+@pytest.mark.parametrize("case", ["logprobs", "logprobs, sampled"])
+def test_log_probabilities_are_those_of_plain_decoding(plain: Answers, ours: Answers, case: str):
+    for left, right in zip(plain.outputs[case], ours.outputs[case], strict=True):
+        pairs = zip(left.outputs[0].logprobs, right.outputs[0].logprobs, strict=True)
+        assert all(values(other) == pytest.approx(values(one), abs=1e-3) for one, other in pairs)
+
+
+def test_sampled_outputs_follow_the_full_model(model: Path):
+    seen, counted = sample(model)
+    assert 0.1 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.9
+    statistic, limit = pearson(seen, exact_distribution(model))
+    assert statistic < limit
+
+
+def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path):
+    found = []
+    for setting in (None, {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}):
+        with engine(smollm2, speculative_config=setting) as llm:
+            kinds: list[dict[str, Any]] = [
+                {"choice": ["Positive", "Negative"]},
+                {"regex": r"(Yes|No), because [a-z]{4,8}\."},
+            ]
+            params = [
+                SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(**kind))
+                for kind in kinds
+            ]
+            asked: list[Any] = [[{"role": "user", "content": "Is the sky blue?"}]] * len(params)
+            found.append([output.outputs[0].text for output in llm.chat(asked, params, use_tqdm=False)])
+            drafted = counters(llm) if setting else {}
+    assert found[0] == found[1]
+    assert drafted["accepted_tokens"] > 0

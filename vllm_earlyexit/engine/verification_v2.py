@@ -1,0 +1,83 @@
+"""Verification on Model Runner V2: each position samples as plain decoding would, and agrees with the draft or not."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+
+class PlainSampler(RejectionSampler):
+    """Samples every position of a draft as V2's sampler does without drafts, and keeps what agrees with the draft.
+
+    A draft token is thus accepted with the probability that the full model gives it, and what stands in its place is
+    distributed as the full model's other tokens are: speculative sampling (Leviathan et al. 2023, arXiv:2211.17192,
+    appendix A.1) of a draft that is certain of itself. V2's random numbers depend on a request's seed and the position
+    alone, so that, unlike with vLLM's own rejection sampler, a seed gives the same tokens whatever is drafted.
+    """
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: Any,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: Any,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sampler = self.sampler
+        processed = sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        tokens = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            sampler.sampling_states.temperature.gpu,
+            sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=sampler.use_fp64_gumbel,
+        )
+        of_each = len(idx_mapping), self.num_speculative_steps + 1
+        return processed, *kept(tokens, verify_draft_sampled, expanded_local_pos, *of_each)
+
+
+def kept(
+    tokens: torch.Tensor, fed: torch.Tensor, depth: torch.Tensor, num_seqs: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each sequence keeps of what was sampled after its newest token and each token of its draft.
+
+    Nothing here waits for the device.
+
+    Args:
+        tokens: What was sampled, sequence by sequence, int64 [n].
+        fed: After which token, int [n]; -1 for a draft token that is not to be accepted.
+        depth: How many draft tokens there are up to that one, int [n]; 0 begins a sequence.
+        num_seqs: How many sequences there are.
+        width: The longest draft, and one more.
+
+    Returns:
+        The tokens, int64 [num_seqs, width], and how many of them are kept, at least one each, int32 [num_seqs].
+    """
+    sequence = (depth == 0).cumsum(0) - 1
+    drafted = torch.cat([fed[1:], fed.new_full((1,), -1)])
+    goes_on = torch.cat([depth[1:] > 0, depth.new_zeros(1, dtype=torch.bool)])
+    right = goes_on & (drafted >= 0) & (tokens == drafted)
+    whole, accepted = tokens.new_zeros(num_seqs, width), depth.new_zeros(num_seqs, width, dtype=torch.int32)
+    at = sequence.long(), depth.long()
+    whole.index_put_(at, tokens)
+    accepted.index_put_(at, right.to(torch.int32))
+    return whole, 1 + accepted.cumprod(dim=1, dtype=torch.int32).sum(dim=1, dtype=torch.int32)
