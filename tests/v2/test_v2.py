@@ -113,14 +113,17 @@ def test_looking_only_now_and_then(smollm2: Path, plain: Judge, ladder: str, pol
         assert counters(llm)["draft_tokens"] > counters(llm)["accepted_tokens"] > 0
 
 
-def test_two_ranks_draft_as_one(tmp_path: Path):
+def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each with half of a tiny model; what both answer is what plain vLLM answers."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     model = tiny_model(tmp_path / "model")
     setting = {"method": "self_exit", "model": str(recurrent_heads(tmp_path / "heads", model))}
     fixed = setting | {"policy": "fixed", "num_speculative_tokens": 3}
     plain, _ = answers(model, 2, None)
     found, counted = answers(model, 2, fixed)
     assert found == plain
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(cores[0]))
     assert (plain, counted) == answers(model, 1, fixed)
     assert counted["draft_tokens"] > counted["accepted_tokens"] > 20
 

@@ -264,18 +264,15 @@ class SelfExitDrafter:
         A look waits for the device. Between two looks sequences draft on that have stopped; what they draft then is
         thrown away, and what it has written to a sequence's own slots is overwritten when the slots are due.
         """
-        while frontier.step is not None:
-            ran = self._run_ahead(frontier, cut, previous, kv_context, count)
-            if not self._look(frontier, cut, previous, ran):
-                return
+        while self._look(frontier, cut, previous, self._run_ahead(frontier, cut, previous, kv_context, count)):
             count = agreed(lambda: self.policy.ahead(len(frontier.drafting)))
 
     def _run_ahead(
         self, frontier: Frontier, cut: int, previous: torch.Tensor, kv_context: KVContext, count: int
     ) -> list[Unseen]:
-        """Run up to ``count`` draft steps in a row."""
-        step = frontier.step
-        assert step is not None
+        """Run up to ``count`` draft steps in a row; none if nobody drafts."""
+        if (step := frontier.step) is None:
+            return []
         last, ids, before, ran = frontier.drafting, step.input_ids, of_rows(previous, step.rows), list[Unseen]()
         for rows, on_host in frontier.ahead(count):
             if len(rows) < len(last):
@@ -290,6 +287,8 @@ class SelfExitDrafter:
 
     def _look(self, frontier: Frontier, cut: int, previous: torch.Tensor, ran: Sequence[Unseen]) -> bool:
         """Decide on what draft steps in a row have drafted, step by step; return whether to go on."""
+        if not ran:
+            return False
         sizes, going = [len(one.rows) for one in ran], False
         said = [torch.cat([one.asked.token_ids.double() for one in ran]), torch.cat([one.asked.entropy for one in ran])]
         token_ids, entropy = torch.stack(said).cpu()  # the only wait
@@ -305,7 +304,7 @@ class SelfExitDrafter:
             previous.index_copy_(0, torch.tensor(rows, device=device), of_rows(seen.features, index))
             frontier.advance(tokens, decision.keep)
             going = decision.go_on
-        return going
+        return going and bool(frontier.drafting)
 
     def _leave(
         self, rows: torch.Tensor, asked: Asked, cut: int, position: int, frontier: Frontier, leaving: Leaving | None
