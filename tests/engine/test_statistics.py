@@ -13,7 +13,7 @@ from tests.engine.conftest import counters, engine
 from tests.engine.tiny import tiny_model
 from tests.interpreter import ON_V2
 
-VOCAB, LENGTH, SAMPLES = 6, 4, 1_500 if ON_V2 else 25_000
+VOCAB, LENGTH, SAMPLES = 6, 4, 1_000 if ON_V2 else 25_000
 PROMPT = [1, 2, 3]
 FALSE_ALARM = 1e-7
 """Probability that a correct sampler fails the test, by the chi-squared limit of Pearson's statistic."""

@@ -28,8 +28,9 @@ def test_adapters_share_drafter_frontier_policy_and_counts(adapter: type[rounds.
     module = inspect.getmodule(adapter)
     assert module is not None
     beside = {name for name in imported(module) if not name.startswith(f"{rounds.__name__}.")}
-    verification = {"vllm_earlyexit.engine.verification", "vllm_earlyexit.engine.verification_v2.PlainSampler"}
-    assert beside <= verification | {"vllm_earlyexit.errors.EarlyExitError"}
+    verification = {f"vllm_earlyexit.engine.{name}" for name in ("verification", "verification_v2.PlainSampler")}
+    verification |= {f"vllm_earlyexit.engine.verification.{name}" for name in ("is_greedy", "may_leave")}
+    assert beside <= verification | {"vllm_earlyexit.engine.early_exit.Left", "vllm_earlyexit.errors.EarlyExitError"}
     shared = imported(rounds)
     for part in ("drafter.SelfExitDrafter", "frontier.Frontier", "policy.AutoPolicy", "lookup.repeat_in"):
         assert f"vllm_earlyexit.engine.{part}" in shared

@@ -10,8 +10,10 @@ import pytest
 from vllm import SamplingParams
 
 from benchmarks.near_ties import NearTies
+from tests import interpreter
 from tests.engine import reference
 from tests.engine.conftest import adapter_of, counters, engine, runner_of
+from tests.engine.test_early_exit import LOW, OPEN, PROPAGATING, ask, counts
 from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_patched import run
@@ -20,6 +22,7 @@ from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_b
 from tests.engine.tiny import tiny_model
 from tests.patched import patched_copy
 from vllm_earlyexit.engine import seams
+from vllm_earlyexit.engine.early_exit import MODE
 from vllm_earlyexit.engine.runner_v2 import SelfExitSpeculator
 
 ROOT = Path(__file__).parents[2]
@@ -109,13 +112,16 @@ def test_looking_only_now_and_then(smollm2: Path, plain: Judge, ladder: str, pol
         drafter.looks_ahead = True
         if policy == "auto":
             draft_from_each_exit_in_turn(drafter.policy)
-        plain.check(answer(llm, plain.prompts, 4))
+        plain.check(answer(llm, plain.prompts[:4], 4))
         assert counters(llm)["draft_tokens"] > counters(llm)["accepted_tokens"] > 0
 
 
 def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each with half of a tiny model; what both answer is what plain vLLM answers."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores, fresh = sorted(os.sched_getaffinity(0)), tmp_path / "python"
+    fresh.mkdir()
+    if interpreter.INTERPRETED:
+        monkeypatch.setenv("PYTHONPATH", interpreter.in_new_processes(fresh))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     model = tiny_model(tmp_path / "model")
     setting = {"method": "self_exit", "model": str(recurrent_heads(tmp_path / "heads", model))}
@@ -196,24 +202,35 @@ def test_aborts_at_every_phase(smollm2: Path, plain: Judge):
         assert_nothing_is_left(llm)
 
 
-def test_lora_and_early_exits_are_refused_and_left_to_v1(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("setting", [OPEN, PROPAGATING], ids=["resume", "propagate"])
+def test_early_exits_are_those_of_v1(smollm2: Path, plain: Judge, on_v1: pytest.MonkeyPatch, setting: dict[str, Any]):
+    """Beside requests that did not ask for them and decode as plain V2 does."""
+    prompts, asked = plain.prompts[:4], [None, LOW, {MODE: "off"}, LOW]
+    with engine(smollm2, speculative_config=setting) as llm:
+        found_on_v1, counted_on_v1 = ask(llm, prompts, asked, max_tokens=TOKENS), dict(counts(llm))
+    on_v1.undo()
+    with engine(smollm2, speculative_config=setting) as llm:
+        found = ask(llm, prompts, asked, max_tokens=TOKENS)
+        assert found == found_on_v1
+        assert dict(counts(llm)) == counted_on_v1
+        assert counted_on_v1["early_tokens"] > 20
+        plain.check([found[0], plain.answers[1], found[2], plain.answers[3]])
+        sampled = ask(llm, prompts[:1], [LOW], max_tokens=8, temperature=1.0, seed=1)
+        assert sampled == ask(llm, prompts[:1], [{MODE: "off"}], max_tokens=8, temperature=1.0, seed=1)
+
+
+def test_lora_is_refused_and_left_to_v1(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
     from vllm.engine.arg_utils import EngineArgs
 
     with pytest.raises(ValueError, match="does not yet support: self-exit with LoRA adapters"), engine(smollm2, **LORA):
         pass
-    early = FIXED | {"lowest_accuracy": 0.9}
-    with (
-        pytest.raises(ValueError, match="does not yet support: early exits"),
-        engine(smollm2, speculative_config=early),
-    ):
-        pass
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
     chosen = {}
-    for lora, setting in ((False, FIXED), (True, FIXED), (False, early)):
-        args = EngineArgs(str(smollm2), speculative_config=setting, enable_lora=lora)
-        chosen[lora, setting is early] = args.create_engine_config().use_v2_model_runner
+    for lora in (False, True):
+        args = EngineArgs(str(smollm2), speculative_config=FIXED, enable_lora=lora)
+        chosen[lora] = args.create_engine_config().use_v2_model_runner
     seams.remove("engine")
-    assert chosen == {(False, False): True, (True, False): False, (False, True): False}
+    assert chosen == {False: True, True: False}
 
 
 def test_a_patched_vllm_needs_no_seams(tmp_path: Path):

@@ -4,7 +4,7 @@ Like the V1 adapter it decides on the host, while the scheduler waits for its dr
 Triton's interpreter, and never on a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +20,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
+from vllm_earlyexit.engine.verification import is_greedy, may_leave
 from vllm_earlyexit.engine.verification_v2 import PlainSampler
 from vllm_earlyexit.errors import EarlyExitError
 
@@ -78,13 +80,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
                 "set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         super().__init__(vllm_config)
-        if self.config.exits_early:
-            raise EarlyExitError(
-                "self-exit: Model Runner V2 has no early exits yet; set VLLM_USE_V2_MODEL_RUNNER=0 or drop them"
-            )
         self._requests: dict[str, Request] = {}
         self._batch: InputBatch | None = None
         self._drafts: dict[str, list[int]] = {}
+        self._newest: dict[str, int] = {}
+        self._left: dict[str, Mapping[int, Left]] = {}
 
     def attach(self, runner: Any) -> None:
         """Take a runner that has loaded its model."""
@@ -95,7 +95,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         speculative = self.vllm_config.speculative_config
         if type(runner.rejection_sampler) is RejectionSampler and runner.rejection_sampler.watermark_key is None:
             assert speculative is not None
-            runner.rejection_sampler = PlainSampler(runner.sampler, speculative, runner.device)
+            runner.rejection_sampler = PlainSampler(runner.sampler, speculative, runner.device, self._left_of)
+        elif self.config.exits_early:
+            raise EarlyExitError(
+                "self-exit: on Model Runner V2 there are no early exits beside watermarks; drop either"
+            )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Do nothing: draft steps run outside CUDA graphs."""
@@ -133,13 +137,49 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             starts = batch.num_computed_tokens_np.tolist()
             each = zip(batch.idx_mapping_np.tolist(), batch.req_ids, starts, edges, strict=True)
             return [
-                Scheduled(row, self._requests[req_id], start, input_ids[begin:end])
+                Scheduled(row, self._requests[req_id], start, self._fed(req_id, end - begin, input_ids[begin:end]))
                 for row, req_id, start, (begin, end) in each
             ]
 
         ids = None if input_ids is None else input_ids[: batch.num_tokens]
         final = self.resume(RunnerV2(self._runner), sequences, ids, positions[: batch.num_tokens])
         return None if final is None else pad(final, (0, 0, 0, len(positions) - len(final)))
+
+    def _fed(self, req_id: str, count: int, on_device: torch.Tensor) -> np.ndarray | torch.Tensor:
+        """Return the tokens that a request is about to be fed: those of its draft are known without a look."""
+        known = [self._newest[req_id], *self._drafts.get(req_id, ())] if req_id in self._newest else []
+        return np.array(known[:count]) if len(known) >= count else on_device
+
+    def _left_of(self, batch: InputBatch) -> torch.Tensor | None:
+        """Return which of a batch's logits are for draft tokens that have left; see ``PlainSampler``."""
+        self._left, verified, last_round = {}, batch.num_draft_tokens_per_req, self._verifying or self._round
+        if not self.config.exits_early or last_round is None or verified is None:
+            return None
+        places: list[int] = []
+        starts = batch.cu_num_logits_np.tolist()
+        for req_id, start, count in zip(batch.req_ids, starts, verified.tolist(), strict=False):
+            left = last_round.final(self._requests[req_id], self._drafts.get(req_id, [])[:count])
+            if left:
+                self._left[req_id] = left
+                places += [start + n for n in left]
+        if not places:
+            return None
+        flags = torch.zeros(starts[batch.num_reqs], dtype=torch.bool)
+        flags[places] = True
+        return flags.to(self._runner.device)
+
+    def _check(self, batch: InputBatch, drafts: Mapping[str, list[int]]) -> None:
+        """Compare what has left with what the full model has chosen in its place."""
+        if not self._left:
+            return
+        choices = torch.cat(self._runner.rejection_sampler.choices).tolist()
+        starts = dict(zip(batch.req_ids, batch.cu_num_logits_np.tolist(), strict=False))
+        verified = batch.num_draft_tokens_per_req
+        assert verified is not None
+        counts = dict(zip(batch.req_ids, verified.tolist(), strict=True))
+        for req_id, left in self._left.items():
+            start, count = starts[req_id], counts[req_id]
+            self.check(self._requests[req_id], left, drafts[req_id][:count], choices[start : start + count])
 
     def propose(
         self,
@@ -168,7 +208,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """
         most = self.config.num_speculative_tokens
         drafts = torch.zeros(input_batch.num_reqs, most, dtype=torch.int64, device=last_hidden_states.device)
-        self._drafts = {}
+        proposed, self._drafts, self._newest = self._drafts, {}, {}
         if dummy_run:
             return drafts
         if self._round is not None:  # a CUDA graph ran the whole batch from the bottom
@@ -181,6 +221,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         verified = input_batch.num_draft_tokens_per_req
         drafted = [0] * len(counts) if verified is None else verified.tolist()
         requests = [self._requests[req_id] for req_id in input_batch.req_ids]
+        self._check(input_batch, proposed)
         each = zip(requests, drafted, counts, strict=True)
         self.learn([Verified(request, of, count - 1) for request, of, count in each if count], requests)
         rows = [row for row, count in enumerate(counts) if count]
@@ -190,10 +231,10 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
 
         def sampled(row: int) -> Sampled:
             request, token, position = requests[row], tokens[row], positions[row]
-            outputs = position + 1 - request.prompt_len
-            return Sampled(
-                places[row], request, token, position, self.limit(request.params, outputs, token, position, longest)
-            )
+            outputs, params = position + 1 - request.prompt_len, request.params
+            limit = self.limit(params, outputs, token, position, longest)
+            leaves = self.config.exits_early and is_greedy(params) and may_leave(params, outputs)
+            return Sampled(places[row], request, token, position, limit, self.wish(params, early=leaves))
 
         def previous() -> torch.Tensor:
             at = [int(input_batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
@@ -204,6 +245,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         for row, draft in zip(rows, found, strict=True):
             whole[row][: len(draft)] = draft
             self._drafts[input_batch.req_ids[row]] = draft
+            self._newest[input_batch.req_ids[row]] = tokens[row]
         return drafts.copy_(torch.tensor(whole))
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: torch.Tensor) -> None:

@@ -318,12 +318,8 @@ def _let_v2_serve(original: Callable) -> Callable:
     def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
         if not uses_self_exit(self.speculative_config):
             return original(self)
-        from vllm_earlyexit.config import CONFIG_KEY
-
         others = [one for one in original(self) if one != "speculative method 'custom_class'"]
-        lossy = self.additional_config[CONFIG_KEY]["lowest_accuracy"] is not None
-        ours = {"self-exit with LoRA adapters": self.lora_config is not None, "early exits": lossy}
-        return others + [feature for feature, wanted in ours.items() if wanted]
+        return others + (["self-exit with LoRA adapters"] if self.lora_config is not None else [])
 
     return _get_v2_model_runner_unsupported_features
 
@@ -500,7 +496,7 @@ SEAMS = (
         target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         stage="engine",
         why="Model Runner V2 has no proposers of a custom class, so vLLM would use V1, which it has deprecated.",
-        how="Leaves them out of the list for self-exit without LoRA and early exits; other reasons to fall back stay.",
+        how="Leaves them out of the list for self-exit without LoRA adapters; other reasons to fall back stay.",
         upstream="A registry of V2 speculators would replace this one and the next three.",
         expects=("self",),
         wrap=_let_v2_serve,

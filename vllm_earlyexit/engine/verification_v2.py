@@ -1,8 +1,10 @@
 """Verification on Model Runner V2: each position samples as plain decoding would, and agrees with the draft or not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
@@ -14,7 +16,31 @@ class PlainSampler(RejectionSampler):
     distributed as the full model's other tokens are: speculative sampling (Leviathan et al. 2023, arXiv:2211.17192,
     appendix A.1) of a draft that is certain of itself. V2's random numbers depend on a request's seed and the position
     alone, so that, unlike with vLLM's own rejection sampler, a seed gives the same tokens whatever is drafted.
+
+    Args:
+        plain: V2's sampler.
+        speculative: vLLM's ``SpeculativeConfig``.
+        device: Where logits are.
+        left: From a batch to which of its logits are for a draft token that has left, so that it is kept in any case,
+            bool [num_logits]; None if none are.
     """
+
+    def __init__(
+        self,
+        plain: Any,
+        speculative: Any,
+        device: torch.device,
+        left: Callable[[InputBatch], torch.Tensor | None],
+    ):
+        super().__init__(plain, speculative, device)
+        self._left_of = left
+        self.choices: list[torch.Tensor] = []
+        """What was sampled at the last batch's logits, int64 [num_logits] in all; kept if something has left."""
+
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch, *drafts: Any, **others: Any) -> Any:
+        """Verify a batch; arguments and result are vLLM's."""
+        self._left, self.choices = self._left_of(input_batch), []
+        return super().__call__(logits, input_batch, *drafts, **others)
 
     def _verify(
         self,
@@ -51,12 +77,22 @@ class PlainSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=sampler.use_fp64_gumbel,
         )
-        of_each = len(idx_mapping), self.num_speculative_steps + 1
-        return processed, *kept(tokens, verify_draft_sampled, expanded_local_pos, *of_each)
+        left = None
+        if self._left is not None:
+            done = sum(map(len, self.choices))
+            left = self._left[done : done + len(tokens)]
+            self.choices.append(tokens)
+        width = self.num_speculative_steps + 1
+        return processed, *kept(tokens, verify_draft_sampled, expanded_local_pos, len(idx_mapping), width, left)
 
 
 def kept(
-    tokens: torch.Tensor, fed: torch.Tensor, depth: torch.Tensor, num_seqs: int, width: int
+    tokens: torch.Tensor,
+    fed: torch.Tensor,
+    depth: torch.Tensor,
+    num_seqs: int,
+    width: int,
+    left: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each sequence keeps of what was sampled after its newest token and each token of its draft.
 
@@ -68,6 +104,7 @@ def kept(
         depth: How many draft tokens there are up to that one, int [n]; 0 begins a sequence.
         num_seqs: How many sequences there are.
         width: The longest draft, and one more.
+        left: Where the draft token is kept in any case, bool [n]; None for nowhere.
 
     Returns:
         The tokens, int64 [num_seqs, width], and how many of them are kept, at least one each, int32 [num_seqs].
@@ -75,7 +112,9 @@ def kept(
     sequence = (depth == 0).cumsum(0) - 1
     drafted = torch.cat([fed[1:], fed.new_full((1,), -1)])
     goes_on = torch.cat([depth[1:] > 0, depth.new_zeros(1, dtype=torch.bool)])
-    right = goes_on & (drafted >= 0) & (tokens == drafted)
+    drafts = goes_on & (drafted >= 0)
+    tokens = tokens if left is None else torch.where(left & drafts, drafted.to(tokens.dtype), tokens)
+    right = drafts & (tokens == drafted)
     whole, accepted = tokens.new_zeros(num_seqs, width), depth.new_zeros(num_seqs, width, dtype=torch.int32)
     at = sequence.long(), depth.long()
     whole.index_put_(at, tokens)
