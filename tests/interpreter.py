@@ -5,7 +5,6 @@ are run by Python and need no backend, so a stand-in that answers what Triton an
 """
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,18 +57,6 @@ def mend() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False
-
-
-def in_new_processes(folder: Path) -> str:
-    """Return a PYTHONPATH with which processes that start anew do this, too, but for top-k and top-p.
-
-    Args:
-        folder: An empty one.
-    """
-    lines = ["from tests import interpreter", "interpreter.stand_in()", "interpreter.take_integers_as_masks()"]
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
-    root = Path(__file__).parents[1]
-    return os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 
 def take_integers_as_masks() -> None:

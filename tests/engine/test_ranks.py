@@ -8,7 +8,6 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from tests import interpreter
 from tests.engine.conftest import counters
 from tests.engine.tiny import tiny_model
 from vllm_earlyexit.engine import seams
@@ -59,8 +58,6 @@ def recurrent_heads(folder: Path, model: Path) -> Path:
 
 def answers(model: Path, ranks: int, setting: dict[str, Any] | None) -> tuple[list[list[int]], dict[str, int]]:
     """Answer prompts of tokens, in processes of their own."""
-    if interpreter.ON_V2:
-        interpreter.mend()
     made = torch.Generator().manual_seed(1)
     prompts: list[Any] = [
         {"prompt_token_ids": torch.randint(0, VOCAB, (n,), generator=made).tolist()} for n in (3, 17, 40, 70)

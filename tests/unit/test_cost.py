@@ -10,7 +10,7 @@ import torch
 from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
 from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.lookup import SHORTEST, Repeat
-from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Lookup, Policy, nothing
+from vllm_earlyexit.engine.policy import AutoPolicy, FixedPolicy, Lookup, Policy, Seen, nothing
 
 ENTROPY = np.linspace(0, 4, 32)
 LONGEST = 6
@@ -353,6 +353,30 @@ def test_in_simulation_it_beats_every_fixed_length_with_few_looks(times: StepTim
     world = Simulation(times, sharpness, ahead=True)
     fixed = max(world.tokens_per_second(FixedLength(n)) for n in range(LONGEST + 1))
     assert world.tokens_per_second(auto(times, sharpness=sharpness)) >= 0.97 * fixed
+
+
+def test_plain_rounds_that_were_disturbed_do_not_make_drafting_look_fast():
+    seen = Seen()
+    for seconds in (0.07, 0.06, *[0.03] * 8):
+        seen.add(24, 24, seconds, drafted=False)
+    for _ in range(20):
+        seen.add(24, 26, 0.035, drafted=True)
+    assert seen.gain(24)[0] == pytest.approx(26 - 24 * 0.035 / 0.03)
+    assert [seen.drafts(24) for _ in range(3)] == [True, False, False], "but for a try now and then"
+
+
+def test_plain_rounds_are_looked_at_more_often_while_they_are_in_doubt():
+    def probes(spread: float) -> int:
+        seen = Seen()
+        for n in range(1, 1025):
+            seen.rounds += 1
+            if seen.probe(8):
+                seen.add(8, 8, 0.03 + spread * (n // 16 % 2), drafted=False)
+            else:
+                seen.add(8, 9, 0.045, drafted=True)
+        return seen.probes
+
+    assert probes(spread=0.0) < 14 < 40 < probes(spread=0.03)
 
 
 def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():

@@ -10,16 +10,13 @@ import pytest
 from vllm import SamplingParams
 
 from benchmarks.near_ties import NearTies
-from tests import interpreter
 from tests.engine import reference
 from tests.engine.conftest import adapter_of, counters, engine, runner_of
 from tests.engine.test_early_exit import LOW, OPEN, PROPAGATING, ask, counts
 from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_patched import run
-from tests.engine.test_ranks import answers, recurrent_heads
 from tests.engine.test_scheduling import NOISE, assert_nothing_is_left, cached_blocks, chat_ids, metric
-from tests.engine.tiny import tiny_model
 from tests.patched import patched_copy
 from vllm_earlyexit.engine import seams
 from vllm_earlyexit.engine.early_exit import MODE
@@ -114,24 +111,6 @@ def test_looking_only_now_and_then(smollm2: Path, plain: Judge, ladder: str, pol
             draft_from_each_exit_in_turn(drafter.policy)
         plain.check(answer(llm, plain.prompts[:4], 4))
         assert counters(llm)["draft_tokens"] > counters(llm)["accepted_tokens"] > 0
-
-
-def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each with half of a tiny model; what both answer is what plain vLLM answers."""
-    cores, fresh = sorted(os.sched_getaffinity(0)), tmp_path / "python"
-    fresh.mkdir()
-    if interpreter.INTERPRETED:
-        monkeypatch.setenv("PYTHONPATH", interpreter.in_new_processes(fresh))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    model = tiny_model(tmp_path / "model")
-    setting = {"method": "self_exit", "model": str(recurrent_heads(tmp_path / "heads", model))}
-    fixed = setting | {"policy": "fixed", "num_speculative_tokens": 3}
-    plain, _ = answers(model, 2, None)
-    found, counted = answers(model, 2, fixed)
-    assert found == plain
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(cores[0]))
-    assert (plain, counted) == answers(model, 1, fixed)
-    assert counted["draft_tokens"] > counted["accepted_tokens"] > 20
 
 
 def test_what_gpus_warm_up_with_leaves_nothing_behind(smollm2: Path, plain: Judge):

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,8 +22,12 @@ from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 logger = logging.getLogger("vllm.earlyexit")
 
 GRID = np.linspace(0, 1, 65)
-PROBES, PROBE_FIRST, PROBE_LATER = 8, 4, 256
+PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 16, 256
 """Every so many rounds of a batch size nothing is drafted, to learn what a plain step takes: often at first."""
+TOLERATED = 0.01
+"""Share of a plain step's time that it need not be known any better than."""
+RECENT = 31
+"""Plain rounds whose median counts."""
 RETRY, MAX_RETRY = 32, 1024
 """Rounds after which drafting is tried again where it was seen to be slower than plain decoding; doubled each time."""
 SEEN, CERTAIN = 4, 3.0
@@ -65,20 +69,51 @@ class Mean:
 
 
 @dataclass
+class Recent:
+    """The median of the last values, and its standard error: one round that was disturbed moves it little."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def add(self, value: float) -> None:
+        """Take note of a value."""
+        self.values.append(value)
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    @property
+    def value(self) -> float:
+        """The median; there must be a value."""
+        return float(np.median(self.values))
+
+    @property
+    def error(self) -> float:
+        """The median's standard error, by the median deviation of normally distributed values."""
+        spread = 1.4826 * float(np.median(np.abs(np.array(self.values) - self.value)))
+        return 1.2533 * spread / math.sqrt(len(self.values)) if len(self.values) >= SEEN else math.inf
+
+
+@dataclass
 class Seen:
     """What was seen of a batch size.
 
     Attributes:
         plain: Seconds of a round without a draft.
-        gain: Of a round with one: tokens that it yielded over what plain decoding would have in its time.
+        tokens: Of a round with one.
+        seconds: Of a round with one.
+        gains: Of a round with one: tokens over what plain decoding, as it was known then, would have had in its time.
         rounds: Rounds so far.
         probes: Those in which nothing was drafted only to see what a plain one takes.
         pause: Rounds until drafting is tried again, once it is stopped.
         resume: The round when it will be.
     """
 
-    plain: Mean = field(default_factory=Mean)
-    gain: Mean = field(default_factory=Mean)
+    plain: Recent = field(default_factory=Recent)
+    tokens: Mean = field(default_factory=Mean)
+    seconds: Mean = field(default_factory=Mean)
+    gains: Mean = field(default_factory=Mean)
     rounds: int = 0
     probes: int = 0
     pause: int = RETRY
@@ -89,11 +124,39 @@ class Seen:
         if not drafted:
             self.plain.add(seconds)
         elif self.plain.count:
-            self.gain.add(tokens - batch * seconds / self.plain.value)
+            self.tokens.add(tokens)
+            self.seconds.add(seconds)
+            self.gains.add(tokens - batch * seconds / self.plain.value)
 
-    def drafts(self) -> bool:
+    @property
+    def known(self) -> bool:
+        """Whether there were enough rounds of either kind to compare them."""
+        return min(self.plain.count, self.gains.count) >= SEEN
+
+    def gain(self, batch: int) -> tuple[float, float]:
+        """Return how many tokens a round with a draft yields beyond plain decoding, and the standard error of that."""
+        plain, instead = self.plain, batch * self.seconds.value / self.plain.value
+        return self.tokens.value - instead, math.hypot(self.gains.error, instead * plain.error / plain.value)
+
+    def probe(self, batch: int) -> bool:
+        """Say whether to draft nothing in this round, to see what a plain one takes: often while that is in doubt."""
+        every = PROBE_FIRST
+        if self.probes >= PROBES:
+            every = PROBE_IN_DOUBT if self.known and self._in_doubt(batch) else PROBE_LATER
+        if self.rounds % every:
+            return False
+        self.probes += 1
+        return True
+
+    def _in_doubt(self, batch: int) -> bool:
+        """Say whether a plain round's time is known too badly to tell the gain."""
+        doubt = batch * self.plain.error / self.plain.value
+        return doubt > max(abs(self.gain(batch)[0]) / CERTAIN, TOLERATED * batch)
+
+    def drafts(self, batch: int) -> bool:
         """Say whether to draft in this round: not while that turned out slower than plain decoding, but for tries."""
-        if min(self.plain.count, self.gain.count) < SEEN or self.gain.value > -CERTAIN * self.gain.error:
+        gain, error = self.gain(batch) if self.known else (0.0, math.inf)
+        if gain > -CERTAIN * error:
             self.pause, self.resume = RETRY, self.rounds + RETRY
             return True
         if self.rounds < self.resume:
@@ -356,10 +419,7 @@ class AutoPolicy:
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
         seen = self._seen[num_seqs]
         seen.rounds += 1
-        if seen.rounds % (PROBE_FIRST if seen.probes < PROBES else PROBE_LATER) == 0:
-            seen.probes += 1
-            return False
-        if not seen.drafts():
+        if seen.probe(num_seqs) or not seen.drafts(num_seqs):
             return False
         rows = np.arange(num_seqs)
         worth = self._choose_exit(rows)
@@ -550,7 +610,9 @@ class AutoPolicy:
 
     def _reachable(self) -> float:
         """Return the batch's tokens per second: plain decoding's, or what drafting reached, if that is more."""
-        plain = self._batch / (float(self._times.at("plain", self._batch)) + (self._around or 0.0))
+        seen = self._seen[self._batch].plain
+        modelled = float(self._times.at("plain", self._batch)) + (self._around or 0.0)
+        plain = self._batch / (seen.value if seen.count >= SEEN else modelled)
         tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
         return max(plain, tokens / seconds if seconds else 0.0)
 
