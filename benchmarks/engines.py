@@ -117,15 +117,15 @@ def adjust(engine: Engine, changed: int | float | None) -> None:
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
 
-    ``ar``: plain decoding. ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and
-    ``heads-only:E``: the same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``:
-    LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared,
-    untrained head; without numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K
-    tokens after the longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this
-    fill-in and accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``depth:N``: plain
-    decoding of the model without its layers from the N-th on. ``oracle:FILL``: early exits of tokens on which head and
-    plain decoding agree. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head
-    in this folder or of this Hub id.
+    ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without. ``self-
+    exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the same
+    from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K tokens
+    after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without numbers
+    4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the longest match,
+    which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this fill-in and accuracy A, otherwise
+    as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``oracle:FILL``: early exits of tokens on which head
+    and plain decoding agree. ``depth:N``: plain decoding of the model without its layers from the N-th on.
+    ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head in this folder or of this Hub id.
     """
     name, *numbers = config.split(":")
     if name == "eagle3" and len(numbers) == 2:
@@ -136,7 +136,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
         lookup = {"prompt_lookup": False} if name == "early-heads" else {}
         return ours | {"lowest_accuracy": LOWEST, "fill_in": fill_in, "check_rate": 0.05} | lookup
     match name, [int(number) for number in numbers]:
-        case ("ar", []) | ("depth", [_]):
+        case ("ar" | "ar-sync", []) | ("depth", [_]):
             return None
         case "self-exit" | "heads-only", layers:
             chosen = {"exit_layer": layers} if layers else {}
@@ -154,7 +154,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
-        f"there is no configuration {config!r}; write ar, self-exit[:LAYER], heads-only[:LAYER], entropy, "
+        f"there is no configuration {config!r}; write ar, ar-sync, self-exit[:LAYER], heads-only[:LAYER], entropy, "
         "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, "
         "early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
     )
@@ -172,6 +172,7 @@ class VLLMEngine:
         name, *numbers = config.split(":")
         shallower = {"hf_overrides": {"num_hidden_layers": int(numbers[0])}} if name == "depth" else {}
         shared = {} if setup.memory_share is None else {"gpu_memory_utilization": setup.memory_share}
+        waiting = {"async_scheduling": False} if name == "ar-sync" else {}
         self._llm: Any = LLM(
             setup.model,
             dtype=setup.dtype,
@@ -183,6 +184,7 @@ class VLLMEngine:
             disable_log_stats=False,
             **shallower,
             **shared,
+            **waiting,
         )
         self._number = 0
         self._oracle = None

@@ -198,9 +198,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         "--configs",
         nargs="+",
         default=["ar", "self-exit"],
-        help="ar, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], "
-        "ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, "
-        "eagle3:LENGTH:HEAD, transformers:LAYER.",
+        help="ar, ar-sync, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, "
+        "layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, "
+        "depth:LAYERS, eagle3:LENGTH:HEAD, transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")

@@ -114,7 +114,8 @@ def test_coarse_numbers_serve_and_hardly_differ(tmp_path: Path, smollm2: Path, t
     """Roundings depend on how many tokens a step has, in plain vLLM too, so that texts may part at near ties."""
     model, setting, arguments = smollm2, FIXED, {"dtype": kind}
     if kind == "int8 weights":
-        model, setting, arguments = int8_model(tmp_path / "int8", smollm2), SHARED | {"exit_layer": 20}, {}
+        model, setting = int8_model(tmp_path / "int8", smollm2), SHARED | {"exit_layer": 20}
+        arguments = {"dtype": "bfloat16"}  # vLLM's kernels for CPUs with AMX know no float32 here
     expected, _ = ask(model, text_ids, **arguments)
     found, counted = ask(model, text_ids, speculative_config=setting, **arguments)
     pairs = zip(expected, found, strict=True)
