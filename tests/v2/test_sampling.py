@@ -12,7 +12,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import counters, engine
 from tests.engine.test_ranks import recurrent_heads
-from tests.engine.test_sampling import Answers, values
+from tests.engine.test_sampling import SEEDED, Answers, values
 from tests.engine.test_statistics import exact_distribution, model, pearson, sample
 from tests.engine.tiny import tiny_model
 
@@ -20,7 +20,6 @@ __all__ = ["model"]
 
 TOKENS = 24
 PROMPTS = ([5, 6, 7], [40, 41, 42, 43, 44, 5, 6])
-SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 7}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "seed": SEEDED,

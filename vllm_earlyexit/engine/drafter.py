@@ -198,13 +198,14 @@ class SelfExitDrafter:
         def begin() -> tuple[bool, int, dict[int, Sequence[int]], int]:
             ask = self.policy.begin(frontier.num_seqs, lookup, limits) and self.silent < SILENT
             copied = self.policy.copied
-            ahead = self.policy.ahead(frontier.num_seqs - len(copied)) if ask and self.looks_ahead else 1
+            far = ask and self.looks_ahead and leaving is None
+            ahead = self.policy.ahead(frontier.num_seqs - len(copied)) if far else 1
             return ask, self.policy.exit, copies(copied), ahead
 
         ask, exit_, copied, ahead = agreed(begin)
         frontier.copy(copied)
         if ask:
-            if ahead > 1 and leaving is None:
+            if ahead > 1:
                 self._ask_ahead(frontier, exit_, previous(), kv_context, ahead)
             else:
                 self._ask(frontier, exit_, previous(), kv_context, leaving)

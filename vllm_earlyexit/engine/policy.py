@@ -269,7 +269,7 @@ class Policy(Protocol):
         """
 
     def ahead(self, n: int) -> int:
-        """Say how many draft steps of ``n`` sequences to run, if a look takes time, before one at what they draft."""
+        """Say how many draft steps of ``n`` lossless sequences to run before a look at them, if that takes time."""
 
     def append(self, lookup: Lookup) -> Mapping[int, int]:
         """Say for which sequences to copy how many tokens behind what the head has drafted for them, possibly nothing.
@@ -546,8 +546,7 @@ class AutoPolicy:
 
     def ahead(self, n: int) -> int:
         """Run as many as are each expected to pay, by what calibration says of the ones before, and at least one."""
-        limits = self._limits[0] if self._limits else None
-        return max(1, self._value(n, limits).steps - self._step - 1)
+        return max(1, self._value(n, None).steps - self._step - 1)
 
     def _go_deeper(self, reached: np.ndarray, entropy: np.ndarray, cut: int) -> np.ndarray:
         """Return which rows are worth taking on to the next exit, bool [n].

@@ -84,7 +84,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         self._batch: InputBatch | None = None
         self._drafts: dict[str, list[int]] = {}
         self._newest: dict[str, int] = {}
-        self._left: dict[str, Mapping[int, Left]] = {}
+        self._left: list[tuple[Request, Mapping[int, Left], list[int], int]] = []
+        """What has left of the batch that is verified: whose, which tokens of which draft, and its first logits."""
 
     def attach(self, runner: Any) -> None:
         """Take a runner that has loaded its model."""
@@ -152,15 +153,15 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
 
     def _left_of(self, batch: InputBatch) -> torch.Tensor | None:
         """Return which of a batch's logits are for draft tokens that have left; see ``PlainSampler``."""
-        self._left, verified, last_round = {}, batch.num_draft_tokens_per_req, self._verifying or self._round
+        self._left, verified, last_round = [], batch.num_draft_tokens_per_req, self._verifying or self._round
         if not self.config.exits_early or last_round is None or verified is None:
             return None
         places: list[int] = []
         starts = batch.cu_num_logits_np.tolist()
         for req_id, start, count in zip(batch.req_ids, starts, verified.tolist(), strict=False):
-            left = last_round.final(self._requests[req_id], self._drafts.get(req_id, [])[:count])
-            if left:
-                self._left[req_id] = left
+            request, draft = self._requests[req_id], self._drafts.get(req_id, [])[:count]
+            if left := last_round.final(request, draft):
+                self._left.append((request, left, draft, start))
                 places += [start + n for n in left]
         if not places:
             return None
@@ -168,18 +169,13 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         flags[places] = True
         return flags.to(self._runner.device)
 
-    def _check(self, batch: InputBatch, drafts: Mapping[str, list[int]]) -> None:
+    def _check(self) -> None:
         """Compare what has left with what the full model has chosen in its place."""
         if not self._left:
             return
         choices = torch.cat(self._runner.rejection_sampler.choices).tolist()
-        starts = dict(zip(batch.req_ids, batch.cu_num_logits_np.tolist(), strict=False))
-        verified = batch.num_draft_tokens_per_req
-        assert verified is not None
-        counts = dict(zip(batch.req_ids, verified.tolist(), strict=True))
-        for req_id, left in self._left.items():
-            start, count = starts[req_id], counts[req_id]
-            self.check(self._requests[req_id], left, drafts[req_id][:count], choices[start : start + count])
+        for request, left, draft, start in self._left:
+            self.check(request, left, draft, choices[start : start + len(draft)])
 
     def propose(
         self,
@@ -208,7 +204,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """
         most = self.config.num_speculative_tokens
         drafts = torch.zeros(input_batch.num_reqs, most, dtype=torch.int64, device=last_hidden_states.device)
-        proposed, self._drafts, self._newest = self._drafts, {}, {}
+        self._drafts, self._newest = {}, {}
         if dummy_run:
             return drafts
         if self._round is not None:  # a CUDA graph ran the whole batch from the bottom
@@ -221,7 +217,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         verified = input_batch.num_draft_tokens_per_req
         drafted = [0] * len(counts) if verified is None else verified.tolist()
         requests = [self._requests[req_id] for req_id in input_batch.req_ids]
-        self._check(input_batch, proposed)
+        self._check()
         each = zip(requests, drafted, counts, strict=True)
         self.learn([Verified(request, of, count - 1) for request, of, count in each if count], requests)
         rows = [row for row, count in enumerate(counts) if count]
