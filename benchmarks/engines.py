@@ -4,10 +4,10 @@ import inspect
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.oracle import PLAIN, Oracle
 from vllm_earlyexit.engine.early_exit import ACCURACY
@@ -15,6 +15,7 @@ from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
 EARLY = ("early", "early-heads", "oracle")
+T = TypeVar("T")
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Run:
     """One pass over the prompts at one concurrency.
 
     Attributes:
-        seconds: From the first request to the last token.
+        seconds: From the first request to the last token, without pauses.
         outputs: Generated token ids, prompt by prompt.
         drafts: Rounds in which something was drafted.
         drafted: Draft tokens verified.
@@ -79,14 +80,23 @@ class Setup:
 class Engine(Protocol):
     """Answers prompts greedily."""
 
-    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
-        """Answer all prompts, ``concurrency`` at a time."""
+    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
+        """Answer all prompts, ``concurrency`` at a time; between steps others may go on."""
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on."""
 
     def ask(self, extra_args: dict[str, Any]) -> None:
         """Ask for this with every request from now on."""
+
+
+def finished(steps: Generator[None, None, T]) -> T:
+    """Return what all steps together come to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
 
 
 LOWEST = 0.5
@@ -191,25 +201,33 @@ class VLLMEngine:
         if name == "oracle":
             self._oracle, self._asked = Oracle(adapter_of(self._llm)), {ACCURACY: LOWEST}
 
-    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
         """Answer all prompts; as soon as one is done the next one starts."""
         asked = [self._prompt(prompt) for prompt in prompts]
         if self._oracle is not None:
             new = [prompt for prompt in asked if tuple(prompt) not in self._plain_outputs]
-            self._plain_outputs |= zip(map(tuple, new), self._answers(new, concurrency, PLAIN), strict=True)
+            self._plain_outputs |= zip(map(tuple, new), finished(self._answers(new, concurrency, PLAIN)), strict=True)
         before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
-            started = time.perf_counter()
-            answers = self._answers(asked, concurrency, self._asked)
-            seconds = time.perf_counter() - started
+            answering, answers, seconds = self._answers(asked, concurrency, self._asked), None, 0.0
+            while answers is None:
+                started = time.perf_counter()
+                try:
+                    next(answering)
+                except StopIteration as done:
+                    answers = done.value
+                seconds += time.perf_counter() - started
+                yield
         after = self._counts()
         drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
         predicted, measured = (now - then for now, then in zip(self._expected(), expected, strict=True))
         left = {name: count - early.get(name, 0) for name, count in self.early_counts().items()}
         return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured, left)
 
-    def _answers(self, prompts: list[list[int]], concurrency: int, asking: dict[str, Any]) -> list[list[int]]:
-        """Answer prompts, as soon as one is done the next one, asking for this with every request."""
+    def _answers(
+        self, prompts: list[list[int]], concurrency: int, asking: dict[str, Any]
+    ) -> Generator[None, None, list[list[int]]]:
+        """Answer prompts step by step, as soon as one is done the next one, asking for this with every request."""
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
@@ -228,6 +246,7 @@ class VLLMEngine:
                 if output.finished:
                     outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
                     running -= 1
+            yield
         return [outputs[number] for number in range(first, self._number)]
 
     def limit(self, length: int) -> None:
@@ -301,10 +320,11 @@ class TransformersEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(setup.model, dtype=getattr(torch, setup.dtype))
         self._model = model.eval()
 
-    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
         """Answer all prompts one after the other, whatever ``concurrency``."""
-        outputs, started = [], time.perf_counter()
+        outputs, seconds = [], 0.0
         for prompt in prompts:
+            started = time.perf_counter()
             inputs = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,
@@ -318,7 +338,9 @@ class TransformersEngine:
                 assistant_early_exit=self._layer,
             )
             outputs.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
-        return Run(time.perf_counter() - started, outputs)
+            seconds += time.perf_counter() - started
+            yield
+        return Run(seconds, outputs)
 
     def limit(self, length: int) -> None:
         """transformers chooses by itself."""

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import Run, Setup, VLLMEngine, adjust, family, speculative_config
+from benchmarks.engines import Run, Setup, VLLMEngine, adjust, family, finished, speculative_config
 from benchmarks.pictures import quality_against_speed
 from benchmarks.throughput import early_exits, setup_of, spread
 from vllm_earlyexit.provenance import provenance
@@ -137,13 +137,13 @@ def answered(
 ) -> list[list[tuple[Run, list[str]]]]:
     """Return for each configuration of one family what its engine answered to each task."""
     engine = VLLMEngine(configs[0], setup)
-    engine.run(tasks[0].prompts[:2], concurrency)
+    finished(engine.running(tasks[0].prompts[:2], concurrency))
     found = []
     for config in configs:
         adjust(engine, family(config)[1])
         found.append([])
         for task in tasks:
-            run = engine.run(task.prompts, concurrency)
+            run = finished(engine.running(task.prompts, concurrency))
             found[-1].append((run, [engine.text(tokens) for tokens in run.outputs]))
     return found
 

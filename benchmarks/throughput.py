@@ -4,18 +4,19 @@
         --concurrency 1 8 --configs ar layerskip:8:3 self-exit --repeats 5 --out FOLDER
 
 Every configuration is a Ray actor in a process of its own, but for draft lengths of the same rule, which share one.
-On one machine the engines stay up and take turns, one run at a time, through all repeats, so that a noisy machine is
-equally unkind to all of them; with ``--ray-address`` actors spread over a cluster's nodes. Writes results.json, a list
-of records, and pictures beside it.
+On one machine the engines stay up and take turns through all repeats, some steps at a time (``--slice``), so that a
+noisy machine is equally unkind to all of them; with ``--ray-address`` actors spread over a cluster's nodes. Writes
+results.json, a list of records, and pictures beside it.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.engines import Run, Setup, adjust, build, family, speculative_config
+from benchmarks.engines import Run, Setup, adjust, build, family, finished, speculative_config
 from benchmarks.pictures import acceptance_by_position, speed_against_concurrency, time_split
 from vllm_earlyexit.demo import cpu_environment
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
@@ -46,16 +47,27 @@ class Contestant:
         started = time.perf_counter()
         self._engine, self._prompts = build(config, setup), prompts
         self._start = time.perf_counter() - started
-        self._engine.run(prompts[:WARM_UP], 1)
+        self._running: Generator[None, None, Run]
+        finished(self._engine.running(prompts[:WARM_UP], 1))
 
     def start_seconds(self) -> float:
         """Return how long the engine took to start; what vLLM's compilation cache had is not compiled again."""
         return self._start
 
-    def run(self, concurrency: int, changed: int | float | None, split: bool = False) -> Run:
-        """Answer all prompts, with another draft length (int) or accuracy of early exits (float) if it is a number."""
+    def begin(self, concurrency: int, changed: int | float | None, split: bool = False) -> None:
+        """Start to answer all prompts, with another draft length (int) or accuracy of early exits (float) if given."""
         adjust(self._engine, changed)
-        return self._engine.run(self._prompts, concurrency, split)
+        self._running = self._engine.running(self._prompts, concurrency, split)
+
+    def go_on(self, seconds: float) -> Run | None:
+        """Answer for so long; return what came of all if that is the end."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            try:
+                next(self._running)
+            except StopIteration as done:
+                return done.value
+        return None
 
 
 def spread(items: list[T], number: int) -> list[T]:
@@ -77,13 +89,41 @@ def setup_of(options: argparse.Namespace, max_num_seqs: int) -> Setup:
     )
 
 
-def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, int, str]]:
-    """Yield repeat, concurrency and configuration; the order of configurations is reversed every other time."""
+def turns(configs: list[str], concurrencies: list[int], repeats: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield concurrency and the configurations that take turns, in their order, which is reversed every other time.
+
+    Configurations that share an engine cannot take turns within a run; then they all run one after the other.
+    """
     for repeat in range(repeats):
         for concurrency in concurrencies:
-            for config in configs if repeat % 2 == 0 else configs[::-1]:
-                if concurrency == 1 or not config.startswith("transformers"):
-                    yield repeat, concurrency, config
+            able = [config for config in configs if concurrency == 1 or not config.startswith("transformers")]
+            able = able if repeat % 2 == 0 else able[::-1]
+            if len({family(config)[0] for config in able}) == len(able):
+                yield concurrency, able
+            else:
+                yield from ((concurrency, [config]) for config in able)
+
+
+def take_turns(contestants: dict[str, Any], configs: list[str], concurrency: int, seconds: float) -> dict[str, Run]:
+    """Let configurations answer all prompts, so many seconds at a time if there are several."""
+    import ray
+
+    for config in configs:
+        ray.get(contestants[config].begin.remote(concurrency, family(config)[1]))
+    runs, seconds = dict[str, Run](), seconds if seconds and len(configs) > 1 else math.inf
+    while len(runs) < len(configs):
+        for config in configs:
+            if config not in runs and (run := ray.get(contestants[config].go_on.remote(seconds))) is not None:
+                runs[config] = run
+    return runs
+
+
+def split_run(contestant: Any, config: str) -> Run:
+    """Let a configuration answer all prompts one at a time, and take its steps' times apart."""
+    import ray
+
+    ray.get(contestant.begin.remote(1, family(config)[1], split=True))
+    return ray.get(contestant.go_on.remote(math.inf))
 
 
 def record(
@@ -203,6 +243,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         "depth:LAYERS, eagle3:LENGTH:HEAD, transformers:LAYER.",
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--slice",
+        type=float,
+        default=0.5,
+        help="Seconds at a time within a run, if no two configurations share an engine; 0 for whole runs.",
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -235,13 +281,14 @@ def main() -> None:
         schedule = list(turns(configs, options.concurrency, options.repeats))
         with Progress(console=console) as progress:
             bar = progress.add_task("running", total=len(schedule))
-            for _, width, name in schedule:
-                runs.setdefault((name, width), []).append(ray.get(contestants[name].run.remote(width, family(name)[1])))
+            for width, names in schedule:
+                for name, run in take_turns(contestants, names, width, options.slice).items():
+                    runs.setdefault((name, width), []).append(run)
                 progress.advance(bar)
                 write(options.out, setup, options.prompts, runs, {}, starts)
         split = configs if 1 in options.concurrency else []
         ours = [name for name in split if not name.startswith(("transformers", "ngram", "eagle3"))]
-        splits = {name: ray.get(contestants[name].run.remote(1, family(name)[1], split=True)) for name in ours}
+        splits = {name: split_run(contestants[name], name) for name in ours}
     finally:
         ray.shutdown()
     records = write(options.out, setup, options.prompts, runs, splits, starts)

@@ -1,5 +1,7 @@
 """The benchmarks' own arithmetic."""
 
+import time
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from benchmarks.engines import Run, Setup, family, speculative_config
 from benchmarks.oracle import Oracle
 from benchmarks.quality import families
 from benchmarks.roofline import H100, SHAPES, best, speedup
-from benchmarks.throughput import early_exits, record, spread, turns
+from benchmarks.throughput import Contestant, early_exits, record, spread, turns
 from tests.unit.helpers import LAYERS, make_model
 from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.head import Asked
@@ -105,9 +107,33 @@ def test_the_final_answer_is_found():
 
 
 def test_configurations_take_turns_in_alternating_order():
-    order = [(width, name) for repeat, width, name in turns(["ar", "self-exit", "transformers:8"], [1, 8], 2)]
-    assert order[:5] == [(1, "ar"), (1, "self-exit"), (1, "transformers:8"), (8, "ar"), (8, "self-exit")]
-    assert order[5:] == [(1, "transformers:8"), (1, "self-exit"), (1, "ar"), (8, "self-exit"), (8, "ar")]
+    order = list(turns(["ar", "self-exit", "transformers:8"], [1, 8], 2))
+    assert order[:2] == [(1, ["ar", "self-exit", "transformers:8"]), (8, ["ar", "self-exit"])]
+    assert order[2:] == [(1, ["transformers:8", "self-exit", "ar"]), (8, ["self-exit", "ar"])]
+    one_engine = list(turns(["ar", "fixed:8:1", "fixed:8:2"], [4], 1))
+    assert one_engine == [(4, ["ar"]), (4, ["fixed:8:1"]), (4, ["fixed:8:2"])]
+
+
+def test_a_contestant_pauses_between_steps(monkeypatch: pytest.MonkeyPatch):
+    steps = list[int]()
+
+    class Slow:
+        def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
+            for n in range(3):
+                time.sleep(1e-3)
+                steps.append(n)
+                yield
+            return Run(1.0, [[concurrency]])
+
+    monkeypatch.setattr("benchmarks.throughput.build", lambda *_: Slow())
+    contestant = Contestant("ar", SETUP, ["one"])
+    contestant.begin(7, None)
+    steps.clear()
+    assert [contestant.go_on(1e-4) for _ in range(3)] == [None] * 3
+    assert steps == [0, 1, 2], "one step at a time"
+    done = contestant.go_on(1e-4)
+    assert done is not None
+    assert done.outputs == [[7]]
 
 
 def test_prompts_are_spread_over_their_file():

@@ -22,16 +22,20 @@ from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 logger = logging.getLogger("vllm.earlyexit")
 
 GRID = np.linspace(0, 1, 65)
+MARGIN = 0.03
+"""Share by which drafting must be expected to be faster than plain decoding; less than that is not worth the risk."""
+SIMILAR = 1.5
+"""Ratio of batch sizes from which on what was seen of one says little of the other."""
 PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 16, 256
-"""Every so many rounds of a batch size nothing is drafted, to learn what a plain step takes: often at first."""
+"""Every so many rounds of similar size nothing is drafted, to learn what a plain step takes: often at first."""
 TOLERATED = 0.01
 """Share of a plain step's time that it need not be known any better than."""
 RECENT = 31
 """Plain rounds whose median counts."""
 RETRY, MAX_RETRY = 32, 1024
 """Rounds after which drafting is tried again where it was seen to be slower than plain decoding; doubled each time."""
-SEEN, CERTAIN = 4, 3.0
-"""Rounds of either kind before they are compared, and by how many standard errors drafting must be slower to stop."""
+SEEN, SEEN_DRAFTS, CERTAIN = 4, 16, 2.0
+"""Plain rounds and others before they are compared, and by how many standard errors drafting must be slower to stop."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 MOST_TABLES = 1024
@@ -97,12 +101,12 @@ class Recent:
 
 @dataclass
 class Seen:
-    """What was seen of a batch size.
+    """What was seen of batches of similar size. Tokens are those of one sequence, times relative to a plain step's.
 
     Attributes:
-        plain: Seconds of a round without a draft.
+        plain: Time of a round without a draft.
         tokens: Of a round with one.
-        seconds: Of a round with one.
+        time: Of a round with one.
         gains: Of a round with one: tokens over what plain decoding, as it was known then, would have had in its time.
         rounds: Rounds so far.
         probes: Those in which nothing was drafted only to see what a plain one takes.
@@ -112,50 +116,49 @@ class Seen:
 
     plain: Recent = field(default_factory=Recent)
     tokens: Mean = field(default_factory=Mean)
-    seconds: Mean = field(default_factory=Mean)
+    time: Mean = field(default_factory=Mean)
     gains: Mean = field(default_factory=Mean)
     rounds: int = 0
     probes: int = 0
     pause: int = RETRY
     resume: int = 0
 
-    def add(self, batch: int, tokens: int, seconds: float, drafted: bool) -> None:
+    def add(self, tokens: float, time: float, drafted: bool) -> None:
         """Take note of a round."""
         if not drafted:
-            self.plain.add(seconds)
+            self.plain.add(time)
         elif self.plain.count:
             self.tokens.add(tokens)
-            self.seconds.add(seconds)
-            self.gains.add(tokens - batch * seconds / self.plain.value)
+            self.time.add(time)
+            self.gains.add(tokens - time / self.plain.value)
 
     @property
     def known(self) -> bool:
         """Whether there were enough rounds of either kind to compare them."""
-        return min(self.plain.count, self.gains.count) >= SEEN
+        return self.plain.count >= SEEN and self.gains.count >= SEEN_DRAFTS
 
-    def gain(self, batch: int) -> tuple[float, float]:
+    def gain(self) -> tuple[float, float]:
         """Return how many tokens a round with a draft yields beyond plain decoding, and the standard error of that."""
-        plain, instead = self.plain, batch * self.seconds.value / self.plain.value
+        plain, instead = self.plain, self.time.value / self.plain.value
         return self.tokens.value - instead, math.hypot(self.gains.error, instead * plain.error / plain.value)
 
-    def probe(self, batch: int) -> bool:
+    def probe(self) -> bool:
         """Say whether to draft nothing in this round, to see what a plain one takes: often while that is in doubt."""
         every = PROBE_FIRST
         if self.probes >= PROBES:
-            every = PROBE_IN_DOUBT if self.known and self._in_doubt(batch) else PROBE_LATER
+            every = PROBE_IN_DOUBT if self.known and self._in_doubt() else PROBE_LATER
         if self.rounds % every:
             return False
         self.probes += 1
         return True
 
-    def _in_doubt(self, batch: int) -> bool:
+    def _in_doubt(self) -> bool:
         """Say whether a plain round's time is known too badly to tell the gain."""
-        doubt = batch * self.plain.error / self.plain.value
-        return doubt > max(abs(self.gain(batch)[0]) / CERTAIN, TOLERATED * batch)
+        return self.plain.error / self.plain.value > max(abs(self.gain()[0]) / CERTAIN, TOLERATED)
 
-    def drafts(self, batch: int) -> bool:
+    def drafts(self) -> bool:
         """Say whether to draft in this round: not while that turned out slower than plain decoding, but for tries."""
-        gain, error = self.gain(batch) if self.known else (0.0, math.inf)
+        gain, error = self.gain() if self.known else (0.0, math.inf)
         if gain > -CERTAIN * error:
             self.pause, self.resume = RETRY, self.rounds + RETRY
             return True
@@ -164,6 +167,11 @@ class Seen:
         self.pause = min(2 * self.pause, MAX_RETRY)
         self.resume = self.rounds + self.pause
         return True
+
+
+def alike(num_seqs: int) -> int:
+    """Return a number that batches of similar size have in common."""
+    return round(math.log(num_seqs, SIMILAR))
 
 
 @dataclass(frozen=True)
@@ -417,9 +425,9 @@ class AutoPolicy:
         self._reached = np.ones(num_seqs)
         self._rate = self._reachable()
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
-        seen = self._seen[num_seqs]
+        seen = self._seen[alike(num_seqs)]
         seen.rounds += 1
-        if seen.probe(num_seqs) or not seen.drafts(num_seqs):
+        if seen.probe() or not seen.drafts():
             return False
         rows = np.arange(num_seqs)
         worth = self._choose_exit(rows)
@@ -608,12 +616,11 @@ class AutoPolicy:
         return float(self._asking(rows, np.ones(len(rows)), 0).sum())
 
     def _reachable(self) -> float:
-        """Return the batch's tokens per second: plain decoding's, or what drafting reached, if that is more."""
-        seen = self._seen[self._batch].plain
-        modelled = float(self._times.at("plain", self._batch)) + (self._around or 0.0)
-        plain = self._batch / (seen.value if seen.count >= SEEN else modelled)
-        tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
-        return max(plain, tokens / seconds if seconds else 0.0)
+        """Return the batch's tokens per second: a little more than plain decoding's, or, if more, what was reached."""
+        seen, step = self._seen[alike(self._batch)].plain, float(self._times.at("plain", self._batch))
+        plain = self._batch / (seen.value * step if seen.count >= SEEN else step + (self._around or 0.0))
+        tokens, time = self._rates.get(alike(self._batch), (0.0, 0.0))
+        return max((1 + MARGIN) * plain, tokens / time * self._batch / step if time else 0.0)
 
     def _head(self, n: int, cut: int) -> float:
         """Return the seconds that asking an exit's head for n rows adds to a round."""
@@ -711,13 +718,13 @@ class AutoPolicy:
         expected = self._batch + sum(
             float(np.cumprod([token.expected for token in drafted]).sum()) for drafted in self._drafted.values()
         )
-        around = self._around or 0.0
-        predicted = float(self._times.at("plain", self._batch)) + around + self._spent
+        around, step, kind = self._around or 0.0, float(self._times.at("plain", self._batch)), alike(self._batch)
+        predicted = step + around + self._spent
         if self._drafts:
             predicted -= float(self._times.spare(self._batch))
         if not self._fast:
-            tokens, seconds = self._rates.get(self._batch, (0.0, 0.0))
-            self._rates[self._batch] = (self.MEMORY * tokens + expected, self.MEMORY * seconds + predicted)
+            tokens, time = self._rates.get(kind, (0.0, 0.0))
+            self._rates[kind] = (self.MEMORY * tokens + expected / self._batch, self.MEMORY * time + predicted / step)
         if self._drafts:
             predicted += self._appended + float(self._times.spare(self._tokens))
         took = now - began
@@ -730,7 +737,7 @@ class AutoPolicy:
             words = "self-exit: %d rounds took %.1f s, %.1f s were expected"
             logger.info(words, self._compared, self.measured_seconds, self.predicted_seconds)
         missed = took - predicted
-        self._seen[self._batch].add(self._batch, self._batch + self._accepted, took, self._drafts)
+        self._seen[kind].add(1 + self._accepted / self._batch, took / step, self._drafts)
         if not self._drafts:
             learned = max(0.0, around + missed)
             self._around = learned if self._around is None else around + (1 - self.MEMORY) * (learned - around)
