@@ -30,12 +30,12 @@ PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 16, 256
 """Every so many rounds of similar size nothing is drafted, to learn what a plain step takes: often at first."""
 TOLERATED = 0.01
 """Share of a plain step's time that it need not be known any better than."""
-RECENT = 31
-"""Plain rounds whose median counts."""
-RETRY, MAX_RETRY = 32, 1024
-"""Rounds after which drafting is tried again where it was seen to be slower than plain decoding; doubled each time."""
-SEEN, SEEN_DRAFTS, CERTAIN = 4, 16, 2.0
-"""Plain rounds and others before they are compared, and by how many standard errors drafting must be slower to stop."""
+RECENT, STRETCH = 31, 8
+"""Values whose median counts, and rounds with drafts that one plain round is compared with."""
+RETRY, MAX_RETRY, TRY = 32, 1024, 4
+"""Rounds after which drafting is tried again where it was seen not to be faster, doubled each time; rounds of a try."""
+SEEN, SEEN_DRAFTS, CERTAIN = 4, 16, 1.5
+"""Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 MOST_TABLES = 1024
@@ -106,8 +106,9 @@ class Seen:
     Attributes:
         plain: Time of a round without a draft.
         tokens: Of a round with one.
-        time: Of a round with one.
-        gains: Of a round with one: tokens over what plain decoding, as it was known then, would have had in its time.
+        instead: How many plain rounds fit into the time of one with a draft, each time by rounds next to each other: a
+            machine's speed changes.
+        stretch: Times of the last rounds with a draft that were not compared yet.
         rounds: Rounds so far.
         probes: Those in which nothing was drafted only to see what a plain one takes.
         pause: Rounds until drafting is tried again, once it is stopped.
@@ -116,8 +117,8 @@ class Seen:
 
     plain: Recent = field(default_factory=Recent)
     tokens: Mean = field(default_factory=Mean)
-    time: Mean = field(default_factory=Mean)
-    gains: Mean = field(default_factory=Mean)
+    instead: Recent = field(default_factory=Recent)
+    stretch: deque[float] = field(default_factory=lambda: deque(maxlen=STRETCH))
     rounds: int = 0
     probes: int = 0
     pause: int = RETRY
@@ -125,22 +126,23 @@ class Seen:
 
     def add(self, tokens: float, time: float, drafted: bool) -> None:
         """Take note of a round."""
-        if not drafted:
-            self.plain.add(time)
-        elif self.plain.count:
+        if drafted:
             self.tokens.add(tokens)
-            self.time.add(time)
-            self.gains.add(tokens - time / self.plain.value)
+            self.stretch.append(time)
+            return
+        self.plain.add(time)
+        if self.stretch:
+            self.instead.add(sum(self.stretch) / len(self.stretch) / time)
+            self.stretch.clear()
 
     @property
     def known(self) -> bool:
         """Whether there were enough rounds of either kind to compare them."""
-        return self.plain.count >= SEEN and self.gains.count >= SEEN_DRAFTS
+        return self.instead.count >= SEEN and self.tokens.count >= SEEN_DRAFTS
 
     def gain(self) -> tuple[float, float]:
         """Return how many tokens a round with a draft yields beyond plain decoding, and the standard error of that."""
-        plain, instead = self.plain, self.time.value / self.plain.value
-        return self.tokens.value - instead, math.hypot(self.gains.error, instead * plain.error / plain.value)
+        return self.tokens.value - self.instead.value, math.hypot(self.tokens.error, self.instead.error)
 
     def probe(self) -> bool:
         """Say whether to draft nothing in this round, to see what a plain one takes: often while that is in doubt."""
@@ -153,19 +155,20 @@ class Seen:
         return True
 
     def _in_doubt(self) -> bool:
-        """Say whether a plain round's time is known too badly to tell the gain."""
-        return self.plain.error / self.plain.value > max(abs(self.gain()[0]) / CERTAIN, TOLERATED)
+        """Say whether times are known too badly to tell the gain."""
+        return self.instead.error > max(abs(self.gain()[0]) / CERTAIN, TOLERATED)
 
     def drafts(self) -> bool:
-        """Say whether to draft in this round: not while that turned out slower than plain decoding, but for tries."""
+        """Say whether to draft in this round: not while that turned out not to be faster, but for tries."""
         gain, error = self.gain() if self.known else (0.0, math.inf)
-        if gain > -CERTAIN * error:
+        if gain > MARGIN - CERTAIN * error:
             self.pause, self.resume = RETRY, self.rounds + RETRY
             return True
         if self.rounds < self.resume:
             return False
-        self.pause = min(2 * self.pause, MAX_RETRY)
-        self.resume = self.rounds + self.pause
+        if self.rounds >= self.resume + TRY - 1:
+            self.pause = min(2 * self.pause, MAX_RETRY)
+            self.resume = self.rounds + self.pause
         return True
 
 
