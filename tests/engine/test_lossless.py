@@ -18,7 +18,11 @@ from vllm_earlyexit.engine.policy import Copy
 CHEAP = StepTimes((1, 8), (1e-3, 1e-3), (1e-3, 1e-3), (50e-3, 51e-3), (51e-3, 52e-3))
 EXCUSES = 1 / 50
 FULL = pytest.mark.matrix("full")
-SETTINGS = [(policy, length) for policy in ("fixed", "entropy") for length in (1, 3, 8)] + [("auto", 4)]
+SETTINGS = [
+    *(("fixed", length) for length in (1, 3, 8)),
+    *(pytest.param("entropy", length, marks=() if length == 3 else FULL) for length in (1, 3, 8)),
+    ("auto", 4),
+]
 
 
 def draft_from_each_exit_in_turn(policy: Any) -> None:
@@ -96,7 +100,7 @@ def test_copying_what_repeats_changes_nothing(smollm2: Path, plain: Reference, l
     assert counted["drafts"] > len(copied), "heads drafted as well"
 
 
-@pytest.mark.parametrize("policy", ["fixed", "auto"])
+@pytest.mark.parametrize("policy", [pytest.param("fixed", marks=FULL), "auto"])
 def test_looking_only_now_and_then_changes_nothing(smollm2: Path, plain: Reference, ladder: str, policy: str):
     """As on GPUs, where a look waits for the device: several draft steps are run before one."""
     setting = {"method": "self_exit", "model": ladder, "policy": policy, "num_speculative_tokens": 4}

@@ -358,7 +358,7 @@ def test_in_simulation_it_beats_every_fixed_length_with_few_looks(times: StepTim
 def test_plain_rounds_that_were_disturbed_do_not_make_drafting_look_fast():
     seen = Seen()
     for seconds in (0.07, 0.06, *[0.03] * 8):
-        for _ in range(2):
+        for _ in range(4):
             seen.add(26 / 24, 0.035, drafted=True)
         seen.add(1, seconds, drafted=False)
     assert seen.gain()[0] == pytest.approx(26 / 24 - 0.035 / 0.03)
@@ -392,10 +392,10 @@ def test_plain_rounds_are_looked_at_more_often_while_they_are_in_doubt():
             if seen.probe():
                 seen.add(1, 0.045 * (1 + spread * (n * 7919 % 97 / 97 - 0.5)), drafted=False)
             else:
-                seen.add(1.06, 0.048, drafted=True)
+                seen.add(1.03, 0.048, drafted=True)
         return seen.probes
 
-    assert 2 * probes(spread=0.0) < probes(spread=1.0)
+    assert 2 * probes(spread=0.0) < probes(spread=0.5)
 
 
 def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():

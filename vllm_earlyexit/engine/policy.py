@@ -22,19 +22,19 @@ from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 logger = logging.getLogger("vllm.earlyexit")
 
 GRID = np.linspace(0, 1, 65)
-MARGIN = 0.03
+MARGIN = 0.05
 """Share by which drafting must be expected to be faster than plain decoding; less than that is not worth the risk."""
 SIMILAR = 1.5
 """Ratio of batch sizes from which on what was seen of one says little of the other."""
-PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 16, 256
+PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 8, 256
 """Every so many rounds of similar size nothing is drafted, to learn what a plain step takes: often at first."""
 TOLERATED = 0.01
 """Share of a plain step's time that it need not be known any better than."""
-RECENT, STRETCH = 31, 8
+RECENT, STRETCH = 63, 8
 """Values whose median counts, and rounds with drafts that one plain round is compared with."""
 RETRY, MAX_RETRY, TRY = 32, 1024, 4
 """Rounds after which drafting is tried again where it was seen not to be faster, doubled each time; rounds of a try."""
-SEEN, SEEN_DRAFTS, CERTAIN = 4, 16, 1.5
+SEEN, SEEN_DRAFTS, CERTAIN = 4, 32, 1.5
 """Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
