@@ -127,7 +127,8 @@ def adjust(engine: Engine, changed: int | float | None) -> None:
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
 
-    ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without.
+    ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without, as vLLM on
+    CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then.
     ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the
     same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K
     tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
@@ -151,6 +152,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
         case "self-exit" | "heads-only", layers:
             chosen = {"exit_layer": layers} if layers else {}
             return ours | chosen | ({"prompt_lookup": False} if name == "heads-only" else {})
+        case "undrafted", []:
+            return ours | {"policy": "fixed", "num_speculative_tokens": 1}
         case "entropy", []:
             return ours | {"policy": "entropy"}
         case "fixed", [layer, length]:
@@ -164,9 +167,9 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
-        f"there is no configuration {config!r}; write ar, ar-sync, self-exit[:LAYER], heads-only[:LAYER], entropy, "
-        "fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, "
-        "early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
+        f"there is no configuration {config!r}; write ar, ar-sync, undrafted, self-exit[:LAYER], "
+        "heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
+        "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
     )
 
 
@@ -197,6 +200,8 @@ class VLLMEngine:
             **waiting,
         )
         self._number = 0
+        if name == "undrafted":
+            self.limit(0)
         self._oracle = None
         if name == "oracle":
             self._oracle, self._asked = Oracle(adapter_of(self._llm)), {ACCURACY: LOWEST}
