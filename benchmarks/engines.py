@@ -169,7 +169,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     raise ValueError(
         f"there is no configuration {config!r}; write ar, ar-sync, undrafted, self-exit[:LAYER], "
         "heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
-        "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or transformers:LAYER"
+        "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or "
+        "transformers:LAYER"
     )
 
 
