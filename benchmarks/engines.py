@@ -109,6 +109,8 @@ def family(config: str) -> tuple[str, int | float | None]:
     That is the draft length of fixed rules, and the accuracy of early exits.
     """
     name, *numbers = config.split(":")
+    if config == "undrafted":
+        return config, 0
     if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 2)):
         return ":".join([name, *numbers[:-1]]), int(numbers[-1])
     if name in EARLY and len(numbers) == 2:
@@ -201,8 +203,6 @@ class VLLMEngine:
             **waiting,
         )
         self._number = 0
-        if name == "undrafted":
-            self.limit(0)
         self._oracle = None
         if name == "oracle":
             self._oracle, self._asked = Oracle(adapter_of(self._llm)), {ACCURACY: LOWEST}

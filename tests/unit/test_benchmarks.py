@@ -75,6 +75,7 @@ def test_configurations_that_differ_in_accuracy_share_an_engine():
     assert asked is not None
     assert (asked["fill_in"], asked["prompt_lookup"]) == ("propagate", False)
     assert speculative_config("depth:3", SETUP) is None
+    assert family("undrafted") == ("undrafted", 0)
     undrafted = speculative_config("undrafted", SETUP)
     assert undrafted is not None
     assert undrafted["policy"] == "fixed"

@@ -77,10 +77,12 @@ class Recent:
     """The median of the last values, and its standard error: one round that was disturbed moves it little."""
 
     values: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _summary: tuple[float, float] | None = None
 
     def add(self, value: float) -> None:
         """Take note of a value."""
         self.values.append(value)
+        self._summary = None
 
     @property
     def count(self) -> int:
@@ -90,13 +92,20 @@ class Recent:
     @property
     def value(self) -> float:
         """The median; there must be a value."""
-        return float(np.median(self.values))
+        return self._summarized()[0]
 
     @property
     def error(self) -> float:
         """The median's standard error, by the median deviation of normally distributed values."""
-        spread = 1.4826 * float(np.median(np.abs(np.array(self.values) - self.value)))
-        return 1.2533 * spread / math.sqrt(len(self.values)) if len(self.values) >= SEEN else math.inf
+        return self._summarized()[1] if len(self.values) >= SEEN else math.inf
+
+    def _summarized(self) -> tuple[float, float]:
+        """Return the median and its standard error; rounds ask far more often than values come."""
+        if self._summary is None:
+            median = float(np.median(self.values))
+            spread = 1.4826 * float(np.median(np.abs(np.array(self.values) - median)))
+            self._summary = median, 1.2533 * spread / math.sqrt(len(self.values))
+        return self._summary
 
 
 @dataclass
