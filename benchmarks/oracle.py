@@ -24,13 +24,13 @@ class Oracle:
     def __init__(self, adapter: Any):
         self.known: dict[str, Sequence[int]] = {}
         """Plain outputs, by request."""
-        self._sampled: Sequence[Any] = ()
+        self._requests: Sequence[Any] = ()
         self._draft, self._leave = adapter.draft, adapter.drafter._leave
         adapter.draft, adapter.drafter._leave = self._drafting, self._leaving
 
-    def _drafting(self, runner: Any, sampled: Sequence[Any], *arguments: Any) -> list[list[int]]:
-        self._sampled = sampled
-        return self._draft(runner, sampled, *arguments)
+    def _drafting(self, runner: Any, requests: Sequence[Any], *arguments: Any) -> list[list[int]]:
+        self._requests = requests
+        return self._draft(runner, requests, *arguments)
 
     def _leaving(
         self, rows: torch.Tensor, asked: Any, cut: int, position: int, frontier: Any, leaving: Any
@@ -39,7 +39,7 @@ class Oracle:
             return asked, None
         said = zip(rows.tolist(), asked.token_ids.tolist(), strict=True)
         final = [
-            leaving.limits[row] is not None and self._next(self._sampled[row].request, frontier.draft(row)) == token
+            leaving.limits[row] is not None and self._next(self._requests[row], frontier.draft(row)) == token
             for row, token in said
         ]
         return asked, torch.tensor(final)

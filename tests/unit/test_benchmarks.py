@@ -52,12 +52,12 @@ def test_the_oracle_lets_leave_what_plain_decoding_says_as_well():
     oracle = Oracle(adapter)
     oracle.known = {"a": [1, 2, 7, 7], "b": [1, 2, 7], "c": [1, 2, 7]}
     said = {"a": [1], "b": [3], "c": [1]}
-    sampled = [SimpleNamespace(request=SimpleNamespace(req_id=name, output_token_ids=said[name])) for name in "abc"]
+    requests = [SimpleNamespace(req_id=name, output_token_ids=said[name]) for name in "abc"]
     frontier = SimpleNamespace(draft=lambda row: [2])
     leaving = SimpleNamespace(limits=[Limits(((1.0,),)), Limits(((1.0,),)), None])
-    assert adapter.draft(None, sampled, None)[1].tolist() == [True, False, False]
+    assert adapter.draft(None, requests, None)[1].tolist() == [True, False, False]
     asked.token_ids[0] = 8
-    assert not adapter.draft(None, sampled, None)[1].any()
+    assert not adapter.draft(None, requests, None)[1].any()
 
 
 def test_early_exits_are_reported_with_the_mean_layer_that_decided(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The auto policy: its decisions in known cases, and its speed in simulated decoding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,15 +32,20 @@ def auto(times: StepTimes, **arguments: float) -> AutoPolicy:
     return policy
 
 
+def begins(policy: Policy, num_seqs: int, lookup: Lookup = nothing, limits: Sequence[Limits | None] = ()) -> bool:
+    """Start a round; return whether the head is asked in it."""
+    return policy.start(num_seqs) and policy.begin(lookup, limits)
+
+
 def test_it_drafts_when_that_is_free_and_not_when_it_cannot_pay():
-    assert auto(FREE).begin(1)
-    assert not auto(BOUND).begin(1)
-    assert not AutoPolicy([acceptance()], LONGEST).begin(1), "nothing is measured yet"
+    assert begins(auto(FREE), 1)
+    assert not begins(auto(BOUND), 1)
+    assert not begins(AutoPolicy([acceptance()], LONGEST), 1), "nothing is measured yet"
 
 
 def test_it_keeps_the_sure_rows_of_a_batch():
     policy = auto(replace(CPU, head=(2e-4, 3e-4)), sharpness=1.0)
-    assert policy.begin(3)
+    assert begins(policy, 3)
     decision = policy.decide(torch.arange(3), torch.tensor([0.05, 3.9, 0.1]), 0)
     assert decision.keep.tolist() == [True, False, True]
     assert decision.go_on
@@ -48,10 +54,10 @@ def test_it_keeps_the_sure_rows_of_a_batch():
 
 def test_it_stops_at_the_longest_draft_and_at_logits_that_are_not_numbers():
     policy = auto(FREE)
-    assert policy.begin(1)
+    assert begins(policy, 1)
     decisions = [policy.decide(torch.tensor([0]), torch.tensor([0.0]), 0) for _ in range(LONGEST)]
     assert [decision.go_on for decision in decisions] == [True] * (LONGEST - 1) + [False]
-    assert policy.begin(1)
+    assert begins(policy, 1)
     assert policy.decide(torch.tensor([0]), torch.tensor([torch.nan]), 0).keep.tolist() == [False]
 
 
@@ -60,12 +66,12 @@ def test_early_tokens_pay_where_arithmetic_is_the_limit_if_they_spare_the_layers
     limits, rows = [Limits(((1.0,),))] * batch, torch.arange(batch)
     verified, sparing = (AutoPolicy([acceptance()], LONGEST, skips=skips) for skips in (False, True))
     verified.times = sparing.times = [BOUND]
-    assert not verified.begin(batch, limits=limits)
-    assert not sparing.begin(batch)
-    assert sparing.begin(batch, limits=limits)
+    assert not begins(verified, batch, limits=limits)
+    assert not begins(sparing, batch)
+    assert begins(sparing, batch, limits=limits)
     unsure = torch.full((batch,), 0.9)
     assert sparing.decide(rows, unsure, 0, final=rows >= 0).keep.all()
-    assert sparing.begin(batch, limits=limits)
+    assert begins(sparing, batch, limits=limits)
     assert not sparing.decide(rows, unsure, 0, final=rows < 0).keep.any(), "these would have to be verified"
 
 
@@ -73,7 +79,7 @@ def test_a_batch_too_large_to_profit_is_not_drafted_for():
     shallow, head = (5e-3, 6e-3, 8e-3, 30e-3), (2e-3, 3e-3, 4e-3, 15e-3)
     deep, plain = (15e-3, 16e-3, 24e-3, 90e-3), (20e-3, 22e-3, 32e-3, 120e-3)
     times = StepTimes((1, 8, 16, 64), shallow, head, deep, plain)
-    assert [auto(times).begin(n) for n in (1, 4, 32, 64)] == [True, True, False, False]
+    assert [begins(auto(times), n) for n in (1, 4, 32, 64)] == [True, True, False, False]
 
 
 def test_verification_corrects_calibration_and_the_correction_fades():
@@ -81,7 +87,7 @@ def test_verification_corrects_calibration_and_the_correction_fades():
     policy._clock = lambda: 0.0  # nothing is learned from time
     asked = []
     for _ in range(2000):
-        asked.append(policy.begin(1))
+        asked.append(begins(policy, 1))
         if asked[-1] and policy.decide(torch.tensor([0]), torch.tensor([0.05]), 0).keep.item():
             policy.learn(0, 1, 0)
     assert sum(asked[:10]) > 5
@@ -90,7 +96,7 @@ def test_verification_corrects_calibration_and_the_correction_fades():
 
 def test_only_drafts_that_verification_reached_are_learned_from():
     policy = auto(FREE)
-    policy.begin(1)
+    begins(policy, 1)
     for _ in range(3):
         policy.decide(torch.tensor([0]), torch.tensor([1.0]), 0)
     before = policy._acceptance.correction
@@ -108,7 +114,7 @@ def test_the_log_compares_what_rounds_took_with_what_was_expected(
     policy = AutoPolicy([acceptance()], LONGEST, clock=lambda: next(ticks) * 0.2)
     policy.times = [replace(BOUND, plain=(0.2, 1.6))]
     for _ in range(7):
-        policy.begin(1)
+        begins(policy, 1)
     assert [record.getMessage() for record in caplog.records] == ["self-exit: 5 rounds took 1.0 s, 1.0 s were expected"]
 
 
@@ -120,7 +126,7 @@ def test_what_a_prompt_or_a_pause_took_is_not_learned():
         now += 0.035 if number % 2 else 0.021
         if number % 2:
             policy.interrupt()
-        policy.begin(1)
+        begins(policy, 1)
     assert policy._around == pytest.approx(0.001)
     assert policy._seen[alike(1)].plain.value == pytest.approx(0.021 / 0.02)
 
@@ -130,16 +136,16 @@ def test_where_prompts_come_all_the_time_it_drafts_all_the_same():
     asked = []
     for _ in range(1000):
         policy.interrupt()
-        asked.append(policy.begin(1))
+        asked.append(begins(policy, 1))
     assert sum(asked) >= 988, "8 rounds at first, and then one in 256, show what plain ones take"
 
 
 def test_a_head_that_once_took_long_is_asked_again():
     policy = auto(CPU, sharpness=0.3)
     policy._clock = lambda: 0.0
-    assert policy.begin(1)
+    assert begins(policy, 1)
     policy._overhead = 0.02
-    asked = [policy.begin(1) for _ in range(3000)]
+    asked = [begins(policy, 1) for _ in range(3000)]
     assert not any(asked[:100])
     assert any(asked)
 
@@ -170,7 +176,7 @@ def test_a_slow_size_is_filled_with_unlikely_copies(plain: tuple[int, ...], copi
     policy = auto(StepTimes((1, 2, 3, 4), **parts, plain=tuple(1e-3 * n for n in plain)), sharpness=0.3)
     for _ in range(1000):
         policy._copying.learn(SHORTEST, 1, 0)
-    assert policy.begin(1)
+    assert begins(policy, 1)
     assert policy.decide(torch.arange(1), torch.tensor([0.01]), 0).keep.all()
     assert policy.append(lambda: [Repeat(SHORTEST, (5, 6, 7, 8))]) == copied
 
@@ -186,7 +192,7 @@ def test_it_drafts_from_the_exit_that_is_worth_most_and_learns_there():
     for times, expected in (([cheap, dear], 0), ([dear, cheap], 1)):
         policy = AutoPolicy([acceptance(), acceptance()], LONGEST)
         policy.times = times
-        assert policy.begin(1)
+        assert begins(policy, 1)
         assert policy.exit == expected
         assert policy.decide(torch.tensor([0]), torch.tensor([0.05]), expected).keep.item()
         policy.learn(0, 1, 0)
@@ -194,7 +200,7 @@ def test_it_drafts_from_the_exit_that_is_worth_most_and_learns_there():
         assert corrections[expected] < 1 == corrections[1 - expected]
     policy = AutoPolicy([acceptance(sharpness=3.0), acceptance(sharpness=0.3)], LONGEST)
     policy.times = [CPU, CPU]
-    assert policy.begin(1)
+    assert begins(policy, 1)
     assert policy.exit == 1, "the better head, if both cost the same"
 
 
@@ -204,7 +210,7 @@ def ladder(next_layers: float, agreement_there: float) -> AutoPolicy:
     policy = AutoPolicy([known, acceptance()], LONGEST)
     second = CPU.shallow[0] + next_layers
     policy.times = [CPU, replace(CPU, shallow=(second, second))]
-    policy.begin(2)
+    begins(policy, 2)
     policy.exit = 0
     return policy
 
@@ -297,7 +303,7 @@ class Simulation:
         for n in range(rounds):
             drafted: list[bool] = []
             fed = 0
-            go_on, unseen = policy.begin(1), 0
+            go_on, unseen = begins(policy, 1), 0
             while go_on:
                 if not unseen:
                     unseen = min(policy.ahead(1), LONGEST - fed) if self.ahead else 1
@@ -325,7 +331,7 @@ class FixedLength(FixedPolicy):
     def __init__(self, length: int):
         self.length = length
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing) -> bool:
+    def begin(self, lookup: Lookup = nothing, limits: Sequence[Limits | None] = ()) -> bool:
         self.left = self.length
         return self.length > 0
 
@@ -400,7 +406,7 @@ def test_plain_rounds_are_looked_at_more_often_while_they_are_in_doubt():
 
 def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():
     free, sure, unsure = auto(FREE), auto(CPU, sharpness=0.01), auto(CPU, sharpness=0.4)
-    assert all(policy.begin(1) for policy in (free, sure, unsure))
+    assert all(begins(policy, 1) for policy in (free, sure, unsure))
     assert free.ahead(1) == sure.ahead(1) == LONGEST
     assert 1 <= unsure.ahead(1) < LONGEST
     sure.decide(torch.tensor([0]), torch.tensor([0.0]), 0)

@@ -207,7 +207,7 @@ def test_tokens_are_final_only_in_the_draft_in_which_they_left():
         assert frontier.step is not None
         frontier.keep({"hidden": torch.zeros(1, 2)}, cut=0)
         frontier.advance(torch.tensor([token]), torch.tensor([True]), {0: Left(0, 0.9)} if left else {})
-    of = Round(frontier, {id(request): 0}, [Sampled(0, request, 5, 7, 4)])
+    of = Round(frontier, [request], [Sampled(0, 5, 7, 4)])
     assert set(of.final(request, [11, 12, 13])) == {0, 2}
     assert set(of.final(request, [11, 12])) == {0}
     assert set(of.final(request, [11, 99, 13])) == {0}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_cost import BOUND, CPU, FREE, auto
+from tests.unit.test_cost import BOUND, CPU, FREE, auto, begins
 from vllm_earlyexit.engine.cost import Copying
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.lookup import LONGEST, SHORTEST, Repeat, repeat_in
@@ -39,17 +39,17 @@ def test_a_place_with_enough_behind_it_goes_before_a_later_one():
 
 def test_it_copies_instead_of_drafting_where_that_is_worth_more():
     policy = auto(CPU, sharpness=0.2)
-    assert policy.begin(3, lambda: [SURE, Repeat(), Repeat()]), "the others are still asked about"
+    assert begins(policy, 3, lambda: [SURE, Repeat(), Repeat()]), "the others are still asked about"
     assert policy.copied == {0: 4}
     better = auto(FREE, sharpness=0.01)
     for repeat in (SURE, Repeat(SHORTEST, (5,))):
-        assert better.begin(1, lambda repeat=repeat: [repeat]), "a head that is nearly always right drafts more"
+        assert begins(better, 1, lambda repeat=repeat: [repeat]), "a head that is nearly always right drafts more"
         assert not better.copied
 
 
 def test_copies_cost_rows_of_verification():
     policy = auto(BOUND)
-    assert not policy.begin(8, lambda: [SURE] * 8)
+    assert not begins(policy, 8, lambda: [SURE] * 8)
     assert not policy.copied, "where every token costs its share a copy that may be rejected does not pay"
 
 
@@ -58,7 +58,7 @@ def test_after_rejected_copies_the_head_is_asked_instead():
     policy._clock = lambda: 0.0  # nothing is learned from time
     copied, asked = [], []
     for _ in range(400):
-        asked.append(policy.begin(1, lambda: [SURE]))
+        asked.append(begins(policy, 1, lambda: [SURE]))
         copied.append(bool(policy.copied))
         if policy.copied:
             policy.learn(0, 4, 0)
@@ -71,14 +71,14 @@ def test_after_rejected_copies_the_head_is_asked_instead():
 def test_fast_copies_do_not_make_drafting_elsewhere_look_slow():
     policy = auto(CPU, sharpness=0.3)
     policy._clock = lambda: 0.0  # nothing is learned from time
-    assert policy.begin(1)
+    assert begins(policy, 1)
     before = policy._rate
     for _ in range(200):
-        policy.begin(1, lambda: [Repeat(LONGEST, tuple(range(16)))])
+        begins(policy, 1, lambda: [Repeat(LONGEST, tuple(range(16)))])
         if policy.copied:
             policy.learn(0, 16, 16)
     assert policy._rate == pytest.approx(before, rel=0.05)
-    assert policy.begin(1) or policy.begin(1), "one of the two may be a round without a draft"
+    assert begins(policy, 1) or begins(policy, 1), "one of the two may be a round without a draft"
 
 
 def test_copies_are_learned_token_by_token():
@@ -100,7 +100,7 @@ def test_copies_are_learned_token_by_token():
 
 def test_it_copies_behind_what_the_head_has_drafted():
     policy = auto(CPU, sharpness=0.3)
-    assert policy.begin(2, lambda: [Repeat(), Repeat()])
+    assert begins(policy, 2, lambda: [Repeat(), Repeat()])
     policy.decide(torch.arange(2), torch.tensor([0.01, 3.9]), 0)
     weak = Repeat(SHORTEST, (5, 6, 7, 8))
     assert policy.append(lambda: [SURE, weak])[0] == 4

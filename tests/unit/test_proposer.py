@@ -2,9 +2,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.frontier import Frontier
-from vllm_earlyexit.engine.rounds import Round, Sampled, SelfExit, Verified
+from vllm_earlyexit.engine.rounds import Round, SelfExit, Verified
+
+
+class Rests:
+    """A drafter that does not draft."""
+
+    def starts(self, num_seqs: int) -> bool:
+        return False
 
 
 class Listener:
@@ -36,9 +45,20 @@ def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before
     ours = SelfExit.__new__(SelfExit)
     ours.drafter = SimpleNamespace(policy=policy)  # type: ignore[assignment]
     places = [0] * len(before)
-    rows = {id(requests[name]): row for row, name in enumerate(before)}
-    sampled = [Sampled(row, requests[name], 0, 0, 0) for row, name in enumerate(before)]
-    ours._verifying = Round(Frontier(places, places, places, "cpu"), rows, sampled) if before else None
+    seen = [requests[name] for name in before]
+    ours.config = EarlyExitConfig("heads", (1,), 4, "auto")
+    ours._verifying = Round(Frontier(places, places, places, "cpu"), seen, []) if before else None
     batch = [requests[name] for name in now]
     ours.learn([Verified(request, *of) for request, of in zip(batch, [(3, 1), (2, 2)], strict=False)], batch)
     assert policy.told == told
+
+
+def test_a_round_without_drafts_does_not_look_at_its_sequences():
+    ours = SelfExit.__new__(SelfExit)
+    ours.drafter, ours.config = Rests(), EarlyExitConfig("heads", (1,), 4, "auto")  # type: ignore[assignment]
+    requests = [object(), object()]
+    assert ours.draft(SimpleNamespace(device="cpu"), requests, pytest.fail, pytest.fail) == [[], []]  # type: ignore[arg-type]
+    assert ours.resume(None, pytest.fail, torch.zeros(2), torch.zeros(2)) is None  # type: ignore[arg-type]
+    ours.drafter = SimpleNamespace(policy=(policy := Listener()))  # type: ignore[assignment]
+    ours.learn([Verified(request, 0, 0) for request in requests], requests)
+    assert not policy.told, "it is a round like any other, of which the time counts"

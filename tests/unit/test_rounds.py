@@ -163,12 +163,9 @@ class Engine:
             frontier.advance(torch.tensor(said), torch.tensor(keep))
         for request, draft in zip(drafting, frontier.drafts(), strict=True):
             request.draft = draft
-        rows = {id(request): row for row, request in enumerate(drafting)}
-        sampled = [
-            Sampled(row, request, request.tokens[-1], place, limit)
-            for row, (request, place, limit) in enumerate(zip(drafting, places, limits, strict=True))
-        ]
-        self.proposer._round = Round(frontier, rows, sampled)
+        each_row = enumerate(zip(drafting, places, limits, strict=True))
+        sampled = [Sampled(row, request.tokens[-1], place, limit) for row, (request, place, limit) in each_row]
+        self.proposer._round = Round(frontier, drafting, sampled)
 
 
 @settings(max_examples=150, deadline=None)

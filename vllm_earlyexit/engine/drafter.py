@@ -164,6 +164,10 @@ class SelfExitDrafter:
         self.looks_ahead = vllm_config.device_config.device_type != "cpu"
         """Whether steps are run without a look at what they have drafted, as many as are expected to pay."""
 
+    def starts(self, num_seqs: int) -> bool:
+        """Start a round over so many sequences; return whether to ``draft`` for them."""
+        return agreed(lambda: self.policy.start(num_seqs))
+
     def draft(
         self,
         frontier: Frontier,
@@ -172,7 +176,7 @@ class SelfExitDrafter:
         repeat: Callable[[int, Sequence[int]], Repeat],
         leaving: Leaving | None = None,
     ) -> list[list[int]]:
-        """Draft until every sequence has stopped; return the drafted tokens of each.
+        """Draft until every sequence of a round that has started has stopped; return the drafted tokens of each.
 
         Args:
             frontier: The sequences, each at its newest token; afterwards it holds what is pending.
@@ -196,7 +200,7 @@ class SelfExitDrafter:
             return {row: found[row].tokens[:count] for row, count in counts.items()}
 
         def begin() -> tuple[bool, int, dict[int, Sequence[int]], int]:
-            ask = self.policy.begin(frontier.num_seqs, lookup, limits) and self.silent < SILENT
+            ask = self.policy.begin(lookup, limits) and self.silent < SILENT
             copied = self.policy.copied
             far = ask and self.looks_ahead and leaving is None
             ahead = self.policy.ahead(frontier.num_seqs - len(copied)) if far else 1

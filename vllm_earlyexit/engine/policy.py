@@ -266,11 +266,13 @@ class Policy(Protocol):
     def copied(self) -> Mapping[int, int]:
         """Sequences that are not drafted for in this round but repeat themselves, and for how many tokens."""
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
-        """Start a round over ``num_seqs`` sequences; return whether to ask the head about those that are not copied.
+    def start(self, num_seqs: int) -> bool:
+        """Start a round over ``num_seqs`` sequences; return whether to ``begin`` it, instead of drafting nothing."""
+
+    def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
+        """Begin a round that has started; return whether to ask the head about those that are not copied.
 
         Args:
-            num_seqs: How many there are.
             lookup: Tells of each what followed when its newest tokens last occurred.
             limits: Of each, up to which entropy its tokens leave; None if they never do. By default nobody's do.
         """
@@ -311,7 +313,11 @@ class FixedPolicy:
     exit = 0
     copied: Mapping[int, int] = MappingProxyType({})
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
+    def start(self, num_seqs: int) -> bool:
+        """Return True."""
+        return True
+
+    def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Return True, and copy nothing."""
         return True
 
@@ -427,20 +433,22 @@ class AutoPolicy:
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
-    def begin(self, num_seqs: int, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
-        """Start a round; return whether asking the head once is expected to pay."""
+    def start(self, num_seqs: int) -> bool:
+        """Start a round; return whether drafting is tried in it."""
         if self.times is None:
             return False
         self._close()
-        self._copies, self._fast, self._limits = {}, False, limits or [None] * num_seqs
+        self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
-        self._reached = np.ones(num_seqs)
-        self._rate = self._reachable()
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
         seen = self._seen[alike(num_seqs)]
         seen.rounds += 1
-        if seen.probe() or not seen.drafts():
-            return False
+        return not seen.probe() and seen.drafts()
+
+    def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
+        """Begin a round; return whether asking the head once is expected to pay."""
+        num_seqs = self._batch
+        self._limits, self._reached, self._rate = limits or [None] * num_seqs, np.ones(num_seqs), self._reachable()
         rows = np.arange(num_seqs)
         worth = self._choose_exit(rows)
         self._copies = self._worth_copying(lookup(), self._reached, drafting=max(0.0, worth / num_seqs))

@@ -77,7 +77,6 @@ class Sampled:
 
     Attributes:
         row: The runner's.
-        request: An object that is this request's alone for as long as its KV stays where it is.
         token: Its newest token, for which no KV is written yet.
         position: Of that token.
         limit: How many tokens are worth drafting.
@@ -86,7 +85,6 @@ class Sampled:
     """
 
     row: int
-    request: object
     token: int
     position: int
     limit: int
@@ -100,7 +98,7 @@ class Scheduled:
 
     Attributes:
         row: The runner's.
-        request: See ``Sampled``.
+        request: An object that is this request's alone for as long as its KV stays where it is.
         position: Of its first token.
         tokens: All its tokens, int [num_tokens].
     """
@@ -125,16 +123,21 @@ class Round:
     """A round of drafting whose tokens the next forward pass may find pending.
 
     Attributes:
-        frontier: What is pending.
-        rows: Row of each request in the frontier, by the request's identity.
-        sampled: The sequences, so that requests and their identities outlive the round.
+        frontier: What is pending; of no sequences if nothing was to be drafted for any.
+        requests: Those that have sampled; kept, so that their identities outlive the round. See ``Scheduled``.
+        sampled: Of each, or of none, as in the frontier.
+        skipped: Of rows of which some tokens skip layers, how many do.
     """
 
     frontier: Frontier
-    rows: dict[int, int]
+    requests: Sequence[object]
     sampled: Sequence[Sampled]
     skipped: dict[int, int] = field(default_factory=dict)
-    """Of rows of which some tokens skip layers, how many do."""
+
+    @functools.cached_property
+    def rows(self) -> dict[int, int]:
+        """Row of each request in the frontier, by the request's identity."""
+        return {id(request): row for row, request in enumerate(self.requests)}
 
     def final(self, request: object, draft: Sequence[int]) -> dict[int, Left]:
         """Return which tokens of the draft that is verified for a request, counted from 0, have left, possibly none."""
@@ -218,7 +221,8 @@ class SelfExit:
     def draft(
         self,
         runner: Runner,
-        sampled: Sequence[Sampled],
+        requests: Sequence[object],
+        describe: Callable[[], Sequence[Sampled]],
         previous: Callable[[], torch.Tensor],
         sample: HeadSampler = no_sampler,
     ) -> list[list[int]]:
@@ -226,13 +230,19 @@ class SelfExit:
 
         Args:
             runner: What is known of the model runner.
-            sampled: At least one.
+            requests: At least one; see ``Scheduled``.
+            describe: Tells of each; called if something may be drafted or tokens may leave.
             previous: Makes the final hidden states from which their newest tokens were sampled,
                 [num_seqs, hidden_size].
             sample: Lets requests sample from a head's logits; called if tokens of some that are not greedy leave.
         """
+        drafts = self.drafter.starts(len(requests))
+        sampled = describe() if drafts or self.config.exits_early else []
         limits = [one.limit for one in sampled]
         frontier = Frontier([one.token for one in sampled], [one.position for one in sampled], limits, runner.device)
+        self._round = Round(frontier, requests, sampled)
+        if not drafts:
+            return [[] for _ in requests]
         rows = [one.row for one in sampled]
         limits_of = [self.drafter.early.limits(one.wish) for one in sampled]
         leaving = None
@@ -257,11 +267,9 @@ class SelfExit:
             tokens = runner.text(rows[n], sampled[n].position + 1)
             return np.concatenate([tokens, np.array(draft, dtype=tokens.dtype)]) if draft else tokens
 
-        drafted = self.drafter.draft(
+        return self.drafter.draft(
             frontier, previous, context, lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft)), leaving
         )
-        self._round = Round(frontier, {id(one.request): n for n, one in enumerate(sampled)}, sampled)
-        return drafted
 
     def resume(
         self,
@@ -387,7 +395,7 @@ class SelfExit:
                 continue
             if one.drafted:
                 self.drafter.policy.learn(found, one.drafted, one.accepted)
-            if last_round.sampled[found].wish.early:
+            if self.config.exits_early and last_round.sampled[found].wish.early:
                 kept = [left for n, left in last_round.frontier.left(found).items() if n < one.accepted]
                 self.drafter.early.emitted(kept, one.accepted + 1 - len(kept))
 

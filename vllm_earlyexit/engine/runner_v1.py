@@ -107,7 +107,7 @@ class SelfExitProposer(SelfExit):
             params = request.sampling_params
             limit = self.limit(params, outputs, token, position, longest)
             wish = self.wish(params, early=leaves and verification.may_leave(params, outputs))
-            return Sampled(row, request, token, position, limit, wish, verification.is_greedy(params))
+            return Sampled(row, token, position, limit, wish, verification.is_greedy(params))
 
         def from_head(of: Sequence[int], logits: torch.Tensor, drafted: Sequence[Sequence[int]]) -> torch.Tensor:
             metadata, outputs = batch.sampling_metadata, batch.req_output_token_ids
@@ -119,7 +119,10 @@ class SelfExitProposer(SelfExit):
             starts = [0, *itertools.accumulate(1 + n for n in counts)]
             return sampled_from[[starts[row] + len(sampled_token_ids[row]) - 1 for row in rows]]
 
-        drafted = self.draft(RunnerV1(runner), [sampled(row) for row in rows], previous, from_head)
+        def describe() -> list[Sampled]:
+            return [sampled(row) for row in rows]
+
+        drafted = self.draft(RunnerV1(runner), [requests[row] for row in rows], describe, previous, from_head)
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts

@@ -230,13 +230,16 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             outputs, params = position + 1 - request.prompt_len, request.params
             limit = self.limit(params, outputs, token, position, longest)
             leaves = self.config.exits_early and is_greedy(params) and may_leave(params, outputs)
-            return Sampled(places[row], request, token, position, limit, self.wish(params, early=leaves))
+            return Sampled(places[row], token, position, limit, self.wish(params, early=leaves))
+
+        def describe() -> list[Sampled]:
+            return [sampled(row) for row in rows]
 
         def previous() -> torch.Tensor:
             at = [int(input_batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
             return last_hidden_states[input_batch.logits_indices[at]]
 
-        found = self.draft(RunnerV2(self._runner), [sampled(row) for row in rows], previous)
+        found = self.draft(RunnerV2(self._runner), [requests[row] for row in rows], describe, previous)
         whole = [[0] * most for _ in counts]
         for row, draft in zip(rows, found, strict=True):
             whole[row][: len(draft)] = draft

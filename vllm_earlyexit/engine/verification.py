@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from math import gcd
 from typing import cast
 
 import torch
@@ -20,6 +21,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 EPSILON = 1e-5
 """Temperatures below are 0, for vLLM too."""
+BLOCK, LEAST_BLOCK = 1024, 64
+"""Logits of which the largest is found before its place is; with smaller blocks that is not faster."""
 
 
 def only_largest(sampling: SamplingMetadata) -> bool:
@@ -76,6 +79,23 @@ def _changes_logits(processor: LogitsProcessor) -> bool:
     return True
 
 
+def first_largest(logits: torch.Tensor) -> torch.Tensor:
+    """Return the place of each row's largest logit, of equal ones the first, int64 [n].
+
+    PyTorch on CPUs finds a largest number much faster than its place, so the place is only looked for in one block.
+
+    Args:
+        logits: [n, vocab_size].
+    """
+    block = gcd(logits.shape[1], BLOCK)
+    if block < LEAST_BLOCK:
+        return logits.max(dim=-1).indices
+    blocks = logits.unflatten(1, (-1, block))
+    chosen = blocks.amax(dim=-1).max(dim=-1).indices
+    inside = blocks[torch.arange(len(logits), device=logits.device), chosen]
+    return chosen * block + inside.max(dim=-1).indices
+
+
 def take_largest(
     metadata: SpecDecodeMetadata, logits: torch.Tensor, final: Sequence[Collection[int]] | None = None
 ) -> SamplerOutput:
@@ -92,7 +112,9 @@ def take_largest(
     Returns:
         Token ids, int32 [num_requests, longest draft + 1], with vLLM's placeholder after the last one of each request.
     """
-    best = logits.max(dim=-1).indices.to(torch.int32)
+    best = first_largest(logits).to(torch.int32)
+    if metadata.max_spec_len == 0:
+        return SamplerOutput(best[metadata.bonus_logits_indices].unsqueeze(1), None)
     targets, bonus = best[metadata.target_logits_indices], best[metadata.bonus_logits_indices]
     if final is not None:
         flags = [n in of for of, count in zip(final, metadata.num_draft_tokens, strict=True) for n in range(count)]
