@@ -14,6 +14,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.sequence import IntermediateTensors
 
+from vllm_earlyexit.engine import sizes
 from vllm_earlyexit.engine.seams import pipeline_stage
 from vllm_earlyexit.errors import EarlyExitError
 
@@ -49,6 +50,7 @@ class Segment:
         self.start, self.end = start, end
         name, inner = decoder_stack(model)
         self._first, self._last = start == 0, end == len(inner.layers)
+        self.pads = sizes.applies(inner.vllm_config)
         stage = copy.copy(inner)
         stage.start_layer, stage.end_layer = start, end
         if not inner.do_not_compile:
@@ -70,6 +72,31 @@ class Segment:
             What a pipeline stage returns: ``IntermediateTensors`` at a cut, [num_tokens, hidden_size] hidden states
             after the final norm at the top.
         """
+        count = positions.shape[-1]
+        more = sizes.padded_size(count) - count if self.pads else 0
+        if more == 0:
+            return self._run(input_ids, positions, intermediate, inputs_embeds)
+        if intermediate is not None:
+            tensors = intermediate.tensors.items()
+            intermediate = IntermediateTensors({name: sizes.with_rows(table, more) for name, table in tensors})
+        with sizes.more_tokens(more):
+            padded = self._run(
+                None if input_ids is None else sizes.with_rows(input_ids, more),
+                sizes.with_rows(positions, more),
+                intermediate,
+                None if inputs_embeds is None else sizes.with_rows(inputs_embeds, more),
+            )
+        if isinstance(padded, torch.Tensor):
+            return padded[:count]
+        return IntermediateTensors({name: table[:count] for name, table in padded.tensors.items()})
+
+    def _run(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> IntermediateTensors | torch.Tensor:
         with pipeline_stage(first=self._first, last=self._last):
             return self._model.forward(input_ids, positions, intermediate, inputs_embeds)
 
@@ -186,6 +213,15 @@ class ExitMixin:
         return run_segments(
             self._segments, input_ids, positions, intermediate_tensors, inputs_embeds, at_cut=self.at_cut
         )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the model's logits, [n, vocab_size], of hidden states after the final norm, [n, hidden_size]."""
+        count = len(hidden_states)
+        more = sizes.padded_size(count) - count if self._segments and self._segments[0].pads else 0
+        if more == 0:
+            return super().compute_logits(hidden_states)  # type: ignore[misc]
+        padded = super().compute_logits(sizes.with_rows(hidden_states, more))  # type: ignore[misc]
+        return None if padded is None else padded[:count]
 
     def at_cut(self, layer: int, state: IntermediateTensors) -> None:
         """Called by ``forward`` with what passes the cut after ``layer`` layers; does nothing here."""

@@ -131,8 +131,9 @@ class RecordingMixin(ExitMixin):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return logits; after a step that is kept, keep the most probable tokens that they give each request."""
-        logits = super().compute_logits(hidden_states)  # type: ignore[misc]
+        logits = super().compute_logits(hidden_states)
         if self._runner is not None and self._ends:
+            assert logits is not None
             ids, p = self._top(logits)
             for (observing, position), row_ids, row_p in zip(self._ends, ids, p, strict=True):
                 observing.sampled_after(position, row_ids, row_p)
