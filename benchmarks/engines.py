@@ -131,6 +131,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
 
     ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without, as vLLM on
     CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then.
+    ``unpadded``: self-exit whose passes are run over just their tokens; see ``engine.sizes``.
     ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the
     same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K
     tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
@@ -151,6 +152,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     match name, [int(number) for number in numbers]:
         case ("ar" | "ar-sync", []) | ("depth", [_]):
             return None
+        case "unpadded", []:
+            return ours
         case "self-exit" | "heads-only", layers:
             chosen = {"exit_layer": layers} if layers else {}
             return ours | chosen | ({"prompt_lookup": False} if name == "heads-only" else {})
@@ -169,7 +172,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
-        f"there is no configuration {config!r}; write ar, ar-sync, undrafted, self-exit[:LAYER], "
+        f"there is no configuration {config!r}; write ar, ar-sync, undrafted, unpadded, self-exit[:LAYER], "
         "heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
         "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or "
         "transformers:LAYER"
@@ -183,12 +186,16 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
+        from vllm_earlyexit.engine import sizes
+
         self._setup, self._asked = setup, dict[str, Any]()
         self._plain_outputs: dict[tuple[int, ...], list[int]] = {}
         name, *numbers = config.split(":")
         shallower = {"hf_overrides": {"num_hidden_layers": int(numbers[0])}} if name == "depth" else {}
         shared = {} if setup.memory_share is None else {"gpu_memory_utilization": setup.memory_share}
         waiting = {"async_scheduling": False} if name == "ar-sync" else {}
+        if name == "unpadded":
+            sizes.MOST = 0
         self._llm: Any = LLM(
             setup.model,
             dtype=setup.dtype,

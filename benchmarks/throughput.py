@@ -238,7 +238,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         "--configs",
         nargs="+",
         default=["ar", "self-exit"],
-        help="ar, ar-sync, undrafted, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, "
+        help="ar, ar-sync, undrafted, unpadded, self-exit[:LAYER], heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, "
         "layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, "
         "depth:LAYERS, eagle3:LENGTH:HEAD, transformers:LAYER.",
     )

@@ -8,15 +8,15 @@ from vllm.forward_context import set_forward_context
 
 from tests.engine.conftest import engine, runner_of
 from tests.engine.tiny import tiny_model
+from vllm_earlyexit.engine.sizes import padded_size
 
 CUTS = {"llama": [[1], [2, 3], [1, 2, 3]], "qwen2": [[2], [1, 3]]}
 
 
-def forward_whole_and_cut(runner, cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the same prefill through the whole model and through its segments, over fresh KV slots."""
+def forward_whole_and_cut(runner, cuts: list[int], n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the same prefill of n tokens through the whole model and its segments, over fresh KV slots of blocks 1, 2."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    n = 12
     ids = torch.arange(3, 3 + n, dtype=torch.int32)
     positions = torch.arange(n)
     group = runner.attn_groups[0][0]
@@ -62,3 +62,26 @@ def test_segments_are_bit_identical_to_the_whole(tmp_path: Path, architecture: s
             whole, cut = forward_whole_and_cut(runner, cuts)
             assert torch.equal(whole, cut), f"cut at {cuts}: differs by up to {(whole - cut).abs().max()}"
             assert whole.float().std() > 0.1
+
+
+def test_a_pass_over_more_tokens_computes_the_same_and_keeps_no_other_kv(tmp_path: Path):
+    model, n = tiny_model(tmp_path, "llama"), 37
+    assert padded_size(n) > n
+    setting = {"method": "self_exit", "head": "shared", "exit_layer": 1}
+    with engine(model, dtype="float32", skip_tokenizer_init=True, speculative_config=setting) as llm:
+        runner = runner_of(llm)
+        runner.model._segments = ()  # the whole model, over just these tokens
+        for cache in runner.kv_caches:
+            cache.zero_()
+        whole, cut = forward_whole_and_cut(runner, [1], n)
+        assert cut.shape == whole.shape
+        torch.testing.assert_close(cut, whole)
+        for cache in runner.kv_caches:
+            assert cache[1].abs().sum() > 0
+            torch.testing.assert_close(cache[2], cache[1])
+            assert not cache[0].any()
+            assert not cache[3:].any(), "only the sequence's own block is written to"
+        logits = runner.model.compute_logits(whole)
+        runner.model._segments = tuple(runner.model.segments([1]))
+        torch.testing.assert_close(runner.model.compute_logits(whole), logits)
+        assert len(logits) == n
