@@ -3,6 +3,7 @@
 import inspect
 import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Setup:
         max_num_seqs: Largest concurrency.
         max_model_len: Prompt and answer.
         memory_share: Of an accelerator's memory, for each engine; None for vLLM's default.
+        min_tokens: Shortest length at which answers are cut off; None for ``max_tokens``, so that all are alike.
     """
 
     model: str
@@ -75,6 +77,12 @@ class Setup:
     max_num_seqs: int
     max_model_len: int
     memory_share: float | None = None
+    min_tokens: int | None = None
+
+    def length(self, prompt: str) -> int:
+        """Return at how many tokens the answer to a prompt is cut off: evenly distributed, the same in every run."""
+        least = self.max_tokens if self.min_tokens is None else self.min_tokens
+        return least + zlib.crc32(prompt.encode()) % (self.max_tokens - least + 1)
 
 
 class Engine(Protocol):
@@ -216,10 +224,11 @@ class VLLMEngine:
 
     def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
         """Answer all prompts; as soon as one is done the next one starts."""
-        asked = [self._prompt(prompt) for prompt in prompts]
+        asked = [(self._prompt(prompt), self._setup.length(prompt)) for prompt in prompts]
         if self._oracle is not None:
-            new = [prompt for prompt in asked if tuple(prompt) not in self._plain_outputs]
-            self._plain_outputs |= zip(map(tuple, new), finished(self._answers(new, concurrency, PLAIN)), strict=True)
+            new = [(prompt, length) for prompt, length in asked if tuple(prompt) not in self._plain_outputs]
+            plain = finished(self._answers(new, concurrency, PLAIN))
+            self._plain_outputs |= zip((tuple(prompt) for prompt, _ in new), plain, strict=True)
         before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
             answering, answers, seconds = self._answers(asked, concurrency, self._asked), None, 0.0
@@ -238,18 +247,18 @@ class VLLMEngine:
         return Run(seconds, answers, drafts, drafted, accepted, accepted_at, parts, predicted, measured, left)
 
     def _answers(
-        self, prompts: list[list[int]], concurrency: int, asking: dict[str, Any]
+        self, prompts: list[tuple[list[int], int]], concurrency: int, asking: dict[str, Any]
     ) -> Generator[None, None, list[list[int]]]:
-        """Answer prompts step by step, as soon as one is done the next one, asking for this with every request."""
+        """Answer prompts in so many tokens, as soon as one is done the next one, asking for this with every request."""
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        params = SamplingParams(temperature=0, max_tokens=self._setup.max_tokens, extra_args=asking or None)
         waiting, first, running = deque(prompts), self._number, 0
         outputs: dict[int, list[int]] = {}
         while waiting or running:
             while waiting and running < concurrency:
-                prompt = waiting.popleft()
+                prompt, length = waiting.popleft()
+                params = SamplingParams(temperature=0, max_tokens=length, extra_args=asking or None)
                 inside = engine.add_request(str(self._number), {"prompt_token_ids": prompt}, params)
                 if self._oracle is not None:
                     self._oracle.known[inside] = self._plain_outputs.get(tuple(prompt), ())
@@ -346,7 +355,7 @@ class TransformersEngine:
             )
             answer = self._model.generate(
                 **inputs,
-                max_new_tokens=self._setup.max_tokens,
+                max_new_tokens=self._setup.length(prompt),
                 do_sample=False,
                 assistant_early_exit=self._layer,
             )

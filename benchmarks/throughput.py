@@ -233,6 +233,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with turns; the first turn is asked.")
     parser.add_argument("--num-prompts", type=int, default=20, help="Evenly spread over the file.")
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        help="Cut answers off at lengths from here to --max-tokens, each prompt's at its own, so that requests do not "
+        "begin and end together; by default all at --max-tokens.",
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="Requests at a time.")
     parser.add_argument(
         "--configs",
@@ -264,7 +270,9 @@ def main() -> None:
         os.environ[LOOPBACK] = "0"
     import ray
 
-    setup = setup_of(options, max(options.concurrency))
+    if not 1 <= (options.min_tokens or options.max_tokens) <= options.max_tokens:
+        raise SystemExit("--min-tokens must be 1 to --max-tokens")
+    setup = replace(setup_of(options, max(options.concurrency)), min_tokens=options.min_tokens)
     configs: list[str] = options.configs
     for name in configs:
         if not name.startswith("transformers"):

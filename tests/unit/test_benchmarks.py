@@ -1,7 +1,9 @@
 """The benchmarks' own arithmetic."""
 
 import time
+from collections import Counter
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,3 +222,13 @@ def test_a_server_is_named_with_its_address():
     for wrong in ("http://127.0.0.1:8000", "plain=", "=http://x"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=URL"):
             Server.parse(wrong)
+
+
+def test_answers_of_different_lengths_have_the_same_lengths_in_every_run():
+    prompts = [f"question {n}" for n in range(2000)]
+    assert {SETUP.length(prompt) for prompt in prompts} == {8}
+    lengths = [replace(SETUP, min_tokens=2).length(prompt) for prompt in prompts]
+    counts = Counter(lengths)
+    assert set(counts) == {2, 3, 4, 5, 6, 7, 8}
+    assert min(counts.values()) > 200
+    assert lengths == [replace(SETUP, min_tokens=2).length(prompt) for prompt in prompts]

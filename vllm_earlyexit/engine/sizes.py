@@ -7,7 +7,7 @@ again and again. With at most an eighth more rows there are 64 sizes.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -41,16 +41,11 @@ def with_rows(table: torch.Tensor, more: int) -> torch.Tensor:
 
 
 @contextmanager
-def _more_slots(slots: Mapping[str, torch.Tensor], more: int) -> Iterator[None]:
-    """The current forward context with more tokens, whose KV is not kept."""
-    padded = {id(of_group): pad(of_group, (0, more), value=NO_SLOT) for of_group in slots.values()}
+def more_tokens(more: int) -> Iterator[None]:
+    """The current forward context with ``more`` tokens, whose KV is not kept."""
     context: Any = copy(get_forward_context())
+    slots: Mapping[str, torch.Tensor] = context.slot_mapping
+    padded = {id(of_group): pad(of_group, (0, more), value=NO_SLOT) for of_group in slots.values()}
     context.slot_mapping = {layer: padded[id(of_group)] for layer, of_group in slots.items()}
     with override_forward_context(context):
         yield
-
-
-def more_tokens(more: int) -> Any:
-    """Return a context in which the current forward context has ``more`` tokens, whose KV is not kept."""
-    slots = get_forward_context().slot_mapping
-    return _more_slots(slots, more) if isinstance(slots, Mapping) and slots else nullcontext()
