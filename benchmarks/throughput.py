@@ -270,7 +270,7 @@ def main() -> None:
         os.environ[LOOPBACK] = "0"
     import ray
 
-    if not 1 <= (options.min_tokens or options.max_tokens) <= options.max_tokens:
+    if options.min_tokens is not None and not 1 <= options.min_tokens <= options.max_tokens:
         raise SystemExit("--min-tokens must be 1 to --max-tokens")
     setup = replace(setup_of(options, max(options.concurrency)), min_tokens=options.min_tokens)
     configs: list[str] = options.configs

@@ -11,7 +11,19 @@ import torch
 from vllm_earlyexit.engine.cost import Acceptance, PartTimes, StepTimes, measure, measured
 from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.lookup import SHORTEST, Repeat
-from vllm_earlyexit.engine.policy import RETRY, TRY, AutoPolicy, FixedPolicy, Lookup, Policy, Seen, alike, nothing
+from vllm_earlyexit.engine.policy import (
+    LASTING,
+    RETRY,
+    TRY,
+    WARM_UP,
+    AutoPolicy,
+    FixedPolicy,
+    Lookup,
+    Policy,
+    Seen,
+    alike,
+    nothing,
+)
 
 ENTROPY = np.linspace(0, 4, 32)
 LONGEST = 6
@@ -362,7 +374,7 @@ def test_in_simulation_it_beats_every_fixed_length_with_few_looks(times: StepTim
 
 
 def test_plain_rounds_that_were_disturbed_do_not_make_drafting_look_fast():
-    seen = Seen()
+    seen = Seen(rounds=WARM_UP + 1)
     for seconds in (0.07, 0.06, *[0.03] * 8):
         for _ in range(4):
             seen.add(26 / 24, 0.035, drafted=True)
@@ -378,7 +390,7 @@ def test_plain_rounds_that_were_disturbed_do_not_make_drafting_look_fast():
 
 @pytest.mark.parametrize("faster", [0.9, 1.0, 1.1])
 def test_a_machine_whose_speed_changes_does_not_change_what_drafting_is_worth(faster: float):
-    seen = Seen()
+    seen = Seen(rounds=WARM_UP)
     for n in range(2000):
         speed = 1 + 0.5 * np.sin(n / 150)
         seen.rounds += 1
@@ -392,7 +404,7 @@ def test_a_machine_whose_speed_changes_does_not_change_what_drafting_is_worth(fa
 
 def test_plain_rounds_are_looked_at_more_often_while_they_are_in_doubt():
     def probes(spread: float) -> int:
-        seen = Seen()
+        seen = Seen(rounds=WARM_UP)
         for n in range(1, 1025):
             seen.rounds += 1
             if seen.probe():
@@ -402,6 +414,21 @@ def test_plain_rounds_are_looked_at_more_often_while_they_are_in_doubt():
         return seen.probes
 
     assert 2 * probes(spread=0.0) < probes(spread=0.5)
+
+
+def test_a_bad_beginning_is_not_held_against_drafting_for_ever():
+    seen, drafted = Seen(), list[bool]()
+    for n in range(2 * LASTING + 1000):
+        slow = n < 500
+        drafts = seen.start()
+        drafted.append(drafts)
+        if drafts:
+            seen.add(1.5, 0.09 if slow else 0.03, drafted=True)
+        else:
+            seen.add(1, 0.03, drafted=False)
+    assert all(drafted[:WARM_UP]), "while kernels are made nothing is compared"
+    assert sum(drafted[200:500]) < 60
+    assert sum(drafted[-1000:]) > 950
 
 
 def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():

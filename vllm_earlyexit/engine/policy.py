@@ -36,6 +36,8 @@ RETRY, MAX_RETRY, TRY = 32, 1024, 4
 """Rounds after which drafting is tried again where it was seen not to be faster, doubled each time; rounds of a try."""
 SEEN, SEEN_DRAFTS, CERTAIN = 4, 32, 1.5
 """Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
+WARM_UP, LASTING = 32, 2048
+"""Rounds of similar size in which kernels and the like are made at first, and for which a comparison counts."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 MOST_TABLES = 1024
@@ -74,15 +76,25 @@ class Mean:
 
 @dataclass
 class Recent:
-    """The median of the last values, and its standard error: one round that was disturbed moves it little."""
+    """The median of the last values, and its standard error: one round that was disturbed moves it little.
 
-    values: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    Attributes:
+        values: The values, and in which round each was noted.
+    """
+
+    values: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     _summary: tuple[float, float] | None = None
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, now: int = 0) -> None:
         """Take note of a value."""
-        self.values.append(value)
+        self.values.append((now, value))
         self._summary = None
+
+    def forget(self, before: int) -> None:
+        """Forget the values of rounds before this one."""
+        while self.values and self.values[0][0] < before:
+            self.values.popleft()
+            self._summary = None
 
     @property
     def count(self) -> int:
@@ -102,9 +114,10 @@ class Recent:
     def _summarized(self) -> tuple[float, float]:
         """Return the median and its standard error; rounds ask far more often than values come."""
         if self._summary is None:
-            median = float(np.median(self.values))
-            spread = 1.4826 * float(np.median(np.abs(np.array(self.values) - median)))
-            self._summary = median, 1.2533 * spread / math.sqrt(len(self.values))
+            values = np.array([value for _, value in self.values])
+            median = float(np.median(values))
+            spread = 1.4826 * float(np.median(np.abs(values - median)))
+            self._summary = median, 1.2533 * spread / math.sqrt(len(values))
         return self._summary
 
 
@@ -135,13 +148,15 @@ class Seen:
 
     def add(self, tokens: float, time: float, drafted: bool) -> None:
         """Take note of a round."""
+        if self.rounds <= WARM_UP:
+            return
         if drafted:
             self.tokens.add(tokens)
             self.stretch.append(time)
             return
         self.plain.add(time)
         if self.stretch:
-            self.instead.add(sum(self.stretch) / len(self.stretch) / time)
+            self.instead.add(sum(self.stretch) / len(self.stretch) / time, self.rounds)
             self.stretch.clear()
 
     @property
@@ -153,8 +168,19 @@ class Seen:
         """Return how many tokens a round with a draft yields beyond plain decoding, and the standard error of that."""
         return self.tokens.value - self.instead.value, math.hypot(self.tokens.error, self.instead.error)
 
+    def start(self) -> bool:
+        """Start a round; return whether to draft in it. What is seen is learned anew now and then."""
+        self.rounds += 1
+        known = self.known
+        self.instead.forget(self.rounds - LASTING)
+        if known and not self.known:
+            self.probes = 0
+        return not self.probe() and self.drafts()
+
     def probe(self) -> bool:
         """Say whether to draft nothing in this round, to see what a plain one takes: often while that is in doubt."""
+        if self.rounds <= WARM_UP:
+            return False
         every = PROBE_FIRST
         if self.probes >= PROBES:
             every = PROBE_IN_DOUBT if self.known and self._in_doubt() else PROBE_LATER
@@ -441,9 +467,7 @@ class AutoPolicy:
         self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
-        seen = self._seen[alike(num_seqs)]
-        seen.rounds += 1
-        return not seen.probe() and seen.drafts()
+        return self._seen[alike(num_seqs)].start()
 
     def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Begin a round; return whether asking the head once is expected to pay."""
