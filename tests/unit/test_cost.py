@@ -431,6 +431,20 @@ def test_a_bad_beginning_is_not_held_against_drafting_for_ever():
     assert sum(drafted[-1000:]) > 950
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.08, 0.92), (0.92, 1.08)])
+def test_it_notices_within_a_thousand_rounds_that_drafting_is_worth_something_else(before: float, after: float):
+    seen, draw, drafted = Seen(), np.random.default_rng(0), list[bool]()
+    for n in range(4000):
+        drafts, disturbed = seen.start(), float(np.exp(0.1 * draw.standard_normal()))
+        drafted.append(drafts)
+        faster = before if n < 2000 else after
+        seen.add(1.4 if drafts else 1, 0.03 * disturbed * (1.4 / faster if drafts else 1), drafts)
+    assert (np.mean(drafted[1000:2000]) > 0.9) == (before > 1)
+    assert (np.mean(drafted[3000:]) > 0.9) == (after > 1)
+    assert not 0.2 < np.mean(drafted[1000:2000]) <= 0.9
+    assert not 0.2 < np.mean(drafted[3000:]) <= 0.9
+
+
 def test_it_looks_ahead_as_far_as_drafting_is_expected_to_pay():
     free, sure, unsure = auto(FREE), auto(CPU, sharpness=0.01), auto(CPU, sharpness=0.4)
     assert all(begins(policy, 1) for policy in (free, sure, unsure))

@@ -32,11 +32,13 @@ TOLERATED = 0.01
 """Share of a plain step's time that it need not be known any better than."""
 RECENT, STRETCH = 63, 8
 """Values whose median counts, and rounds with drafts that one plain round is compared with."""
-RETRY, MAX_RETRY, TRY = 32, 1024, 4
+RETRY, MAX_RETRY, TRY = 32, 256, 4
 """Rounds after which drafting is tried again where it was seen not to be faster, doubled each time; rounds of a try."""
+RISK = 0.01
+"""Share of time that tries may cost, by what they were seen to cost; there are fewer if they would cost more."""
 SEEN, SEEN_DRAFTS, CERTAIN = 4, 32, 1.5
 """Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
-WARM_UP, LASTING = 32, 2048
+WARM_UP, LASTING = 32, 1024
 """Rounds of similar size in which kernels and the like are made at first, and for which a comparison counts."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
@@ -91,8 +93,8 @@ class Recent:
         self._summary = None
 
     def forget(self, before: int) -> None:
-        """Forget the values of rounds before this one."""
-        while self.values and self.values[0][0] < before:
+        """Forget the values of rounds before this one, but for the last few."""
+        while len(self.values) > SEEN and self.values[0][0] < before:
             self.values.popleft()
             self._summary = None
 
@@ -169,12 +171,9 @@ class Seen:
         return self.tokens.value - self.instead.value, math.hypot(self.tokens.error, self.instead.error)
 
     def start(self) -> bool:
-        """Start a round; return whether to draft in it. What is seen is learned anew now and then."""
+        """Start a round; return whether to draft in it."""
         self.rounds += 1
-        known = self.known
         self.instead.forget(self.rounds - LASTING)
-        if known and not self.known:
-            self.probes = 0
         return not self.probe() and self.drafts()
 
     def probe(self) -> bool:
@@ -202,7 +201,7 @@ class Seen:
         if self.rounds < self.resume:
             return False
         if self.rounds >= self.resume + TRY - 1:
-            self.pause = min(2 * self.pause, MAX_RETRY)
+            self.pause = max(min(2 * self.pause, MAX_RETRY), int(TRY * -gain / RISK))
             self.resume = self.rounds + self.pause
         return True
 
