@@ -2,8 +2,8 @@
 
 vLLM's matrix products on CPUs are oneDNN's, which makes a kernel for every number of rows and size of matrix that it
 meets, and keeps few of them: 32 for a layer, 1,024 in all. Plain decoding meets one number of rows for every size of
-its batch. Drafts make that the number of tokens that were worth drafting, so that kernels would be made again and again.
-With at most an eighth more rows there are 64 sizes.
+its batch. Drafts make that the number of tokens that were worth drafting, so that kernels would be made again and
+again. With at most an eighth more rows there are 64 sizes.
 """
 
 from collections.abc import Iterator, Mapping
