@@ -73,7 +73,7 @@ class Segment:
             after the final norm at the top.
         """
         count = positions.shape[-1]
-        more = sizes.padded_size(count) - count if self.pads else 0
+        more = self.more(count)
         if more == 0:
             return self._run(input_ids, positions, intermediate, inputs_embeds)
         if intermediate is not None:
@@ -89,6 +89,10 @@ class Segment:
         if isinstance(padded, torch.Tensor):
             return padded[:count]
         return IntermediateTensors({name: table[:count] for name, table in padded.tensors.items()})
+
+    def more(self, count: int) -> int:
+        """Return how many tokens to add to so many; see ``sizes``."""
+        return sizes.padded_size(count) - count if self.pads else 0
 
     def _run(
         self,
@@ -217,7 +221,7 @@ class ExitMixin:
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the model's logits, [n, vocab_size], of hidden states after the final norm, [n, hidden_size]."""
         count = len(hidden_states)
-        more = sizes.padded_size(count) - count if self._segments and self._segments[0].pads else 0
+        more = self._segments[0].more(count) if self._segments else 0
         if more == 0:
             return super().compute_logits(hidden_states)  # type: ignore[misc]
         padded = super().compute_logits(sizes.with_rows(hidden_states, more))  # type: ignore[misc]
