@@ -91,8 +91,8 @@ class Segment:
         return IntermediateTensors({name: table[:count] for name, table in padded.tensors.items()})
 
     def more(self, count: int) -> int:
-        """Return how many tokens to add to so many; see ``sizes``."""
-        return sizes.padded_size(count) - count if self.pads else 0
+        """Return how many tokens to add to so many; see ``sizes``. None in a graph, whose numbers are symbols."""
+        return sizes.padded_size(count) - count if self.pads and not torch.compiler.is_compiling() else 0
 
     def _run(
         self,
