@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 # vLLM's CPU documentation advises to preload Intel's OpenMP, which vLLM installs.
 PRELOAD = LD_PRELOAD="$$(ls $(CURDIR)/$(VENV)/lib/libiomp5.so 2>/dev/null)"
+# Two processes share the tests, file by file; each computes on half of the cores.
+TESTS = $(PRELOAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full test-v2 test-soak lint clean
 .DELETE_ON_ERROR:
@@ -14,17 +16,17 @@ demo: $(VENV)/demo.done
 	$(BIN)/vllm-earlyexit demo $(DEMO)
 
 test: $(VENV)/test.done lint
-	$(PRELOAD) $(BIN)/python -m pytest $(PYTEST)
+	$(TESTS) $(PYTEST)
 
 # Combinations that `make test` leaves out; tests/full.txt is what that last said.
 test-full: $(VENV)/test.done
-	$(PRELOAD) $(BIN)/python -m pytest --matrix full -m matrix -q -rA --tb=short > $(VENV)/full.log; status=$$?; \
+	$(TESTS) --matrix full -m matrix -q -rA --tb=short > $(VENV)/full.log; status=$$?; \
 	  { echo "commit $$(git rev-parse --short=12 HEAD)"; grep -E '^(PASSED|FAILED|ERROR)|^[0-9]+ .* in ' $(VENV)/full.log; } > tests/full.txt; \
 	  tail -n 1 tests/full.txt; exit $$status
 
 # Model Runner V2, which needs Triton, through Triton's interpreter: some twenty minutes.
 test-v2: $(VENV)/test.done
-	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(PRELOAD) $(BIN)/python -m pytest tests/v2
+	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(TESTS) tests/v2
 
 # Five minutes of mixed traffic against a server; not part of `make test`.
 test-soak: $(VENV)/test.done

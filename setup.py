@@ -16,6 +16,6 @@ setup(
         "train": TRAIN,
         "bench": ["matplotlib", "ray", "reasoning-gym"],
         # xformers for its attention biases, which work on CPUs
-        "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pytest", "xformers"],
+        "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pytest", "pytest-xdist", "xformers"],
     }
 )

@@ -4,21 +4,33 @@ import json
 import os
 from pathlib import Path
 
-import pytest
+BUILD = Path(__file__).parents[1] / "build"
+WORKER, WORKERS = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 
-from tests import interpreter
 
+def own_cores() -> list[int]:
+    """Return the cores that this process computes on: of several that share the tests, each has its own, if it can."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores if WORKER is None else cores[int(WORKER.removeprefix("gw")) :: WORKERS] or cores
+
+
+if WORKER is not None:  # before PyTorch is imported
+    os.environ["OMP_NUM_THREADS"] = str(len(own_cores()))
+    os.environ["VLLM_CACHE_ROOT"] = str(BUILD / "vllm-cache" / WORKER)  # vLLM's compiler does not expect company
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in sorted(os.sched_getaffinity(0))))
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, own_cores())))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest  # noqa: E402
+
+from tests import interpreter  # noqa: E402
 
 if interpreter.ON_V2:
     interpreter.stand_in()
 collect_ignore = [] if interpreter.ON_V2 else ["v2"]  # make test-v2
 
-BUILD = Path(__file__).parents[1] / "build"
 MATRIX = {"small": 0, "usual": 1, "full": 2}  # small leaves out asking one at a time; see engine/conftest.py
 
 

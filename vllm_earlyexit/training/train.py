@@ -22,6 +22,7 @@ from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
 from vllm_earlyexit.training.classroom import Classroom, Students, agreement, frequent_tokens
 from vllm_earlyexit.training.losses import LOSSES, Target, feature_distance
+from vllm_earlyexit.training.narrow import narrowed
 from vllm_earlyexit.training.packs import Packs, Records, on_device
 from vllm_earlyexit.training.plots import learning_curve
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
@@ -59,7 +60,8 @@ class TrainingOptions:
         patience: Stop after so many measurements without improvement.
         held_out: Share of the documents that is never trained on.
         deep_keys: Whether heads see the full model's keys and values of verified tokens (off for ablation only).
-        start_from: Folder of heads of the same model to start from, at the same exits or at others that were recorded.
+        start_from: Folder of heads of the same model to start from, at the same exits or at others that were recorded,
+            of the same ``intermediate_size`` or a larger one.
         storage: How weights are stored.
         deterministic: Use only deterministic algorithms.
         seed: Of everything random.
@@ -195,7 +197,11 @@ def _start(
     for kind in options.kinds:
         for layer in layers:
             head = build_head(kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
-            teacher.start(head, layer, sample, None if known is None else _nearest(known, kind, layer))
+            like = None if known is None else _nearest(known, kind, layer)
+            if like is not None:
+                narrow = narrowed(teacher, like.module, like.exit_layer, sample, options.intermediate_size)
+                like = replace(like, module=narrow)
+            teacher.start(head, layer, sample, like)
             students[Students.key(kind, layer)] = head
     return students
 
@@ -204,7 +210,7 @@ def _known_heads(config: RecordsConfig, options: TrainingOptions) -> Heads | Non
     """Return the heads to start from.
 
     Raises:
-        EarlyExitError: they are another model's, of another kind or width, or at an exit that was not recorded.
+        EarlyExitError: they are another model's, of another kind, narrower, or at an exit that was not recorded.
     """
     if options.start_from is None:
         return None
@@ -214,10 +220,10 @@ def _known_heads(config: RecordsConfig, options: TrainingOptions) -> Heads | Non
             f"the heads in {options.start_from} are of {known.config.base_model!r}, not of {config.base_model!r}"
         )
     for exit_config in known.config.exits:
-        if exit_config.kind not in options.kinds or exit_config.intermediate_size not in (0, options.intermediate_size):
+        if exit_config.kind not in options.kinds or 0 < exit_config.intermediate_size < options.intermediate_size:
             raise EarlyExitError(
                 f"the heads in {options.start_from} are of kind {exit_config.kind}, width "
-                f"{exit_config.intermediate_size}; train this kind and width to start from them"
+                f"{exit_config.intermediate_size}; train this kind, at most as wide, to start from them"
             )
     if missing := set(known.modules) - set(config.exit_layers):
         raise EarlyExitError(
