@@ -100,7 +100,7 @@ def test_idle_processors_change_nothing():
         {"logitsprocs": processor(LogitBiasLogitsProcessor, biases={0: {3: 1.0}})},
         {"logitsprocs": processor(SimpleNamespace)},
     ],
-    ids=str,
+    ids=lambda wish: "-".join(wish),
 )
 def test_each_other_wish_goes_to_vllm(wish):  # type: ignore[no-untyped-def]
     assert not verification.only_largest(Sampling(**wish))  # type: ignore[arg-type]
