@@ -42,7 +42,8 @@ def stand_in() -> None:
         return
     import triton.backends
 
-    backend = SimpleNamespace(driver=CPUDriver, compiler=None)
+    compiler = SimpleNamespace(supports_target=lambda target: False)  # PyTorch's compiler asks
+    backend = SimpleNamespace(driver=CPUDriver, compiler=compiler)
     triton.backends.backends["cpu"] = backend  # type: ignore[assignment]
 
 
