@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_earlyexit.heads.modules import GatedMLP
+from vllm_earlyexit.training.packs import on_device
 from vllm_earlyexit.training.shards import Batch
 from vllm_earlyexit.training.teacher import Teacher, draft_steps
 
@@ -35,10 +36,10 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
         batch: What it is run on, draft step 0 only.
         width: Units of every MLP.
     """
-    copy = deepcopy(head)
+    copy = deepcopy(head).to(teacher.device)
     wide = [mlp for mlp in copy.modules() if isinstance(mlp, GatedMLP) and width_of(mlp) > width]
     if not wide:
-        return copy
+        return copy.cpu()
     grams = [torch.zeros(width_of(mlp), width_of(mlp)) for mlp in wide]
 
     def add(gram: torch.Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -46,12 +47,13 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
 
     hooks = [mlp.down.register_forward_pre_hook(partial(add, gram)) for mlp, gram in zip(wide, grams, strict=True)]
     with teacher.autocast():
-        draft_steps(teacher, copy, batch.hidden[exit_layer], batch, pending=0)
+        moved = on_device(batch, teacher.device)
+        draft_steps(teacher, copy, moved.hidden[exit_layer], moved, pending=0)
     for hook in hooks:
         hook.remove()
     for mlp, gram in zip(wide, grams, strict=True):
         narrow(mlp, gram, width)
-    return copy
+    return copy.cpu()
 
 
 def narrow(mlp: GatedMLP, gram: torch.Tensor, width: int) -> None:
