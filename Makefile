@@ -24,7 +24,7 @@ test-full: $(VENV)/test.done
 	  { echo "commit $$(git rev-parse --short=12 HEAD)"; grep -E '^(PASSED|FAILED|ERROR)|^[0-9]+ .* in ' $(VENV)/full.log; } > tests/full.txt; \
 	  tail -n 1 tests/full.txt; exit $$status
 
-# Model Runner V2, which needs Triton, through Triton's interpreter: some twenty minutes.
+# Model Runner V2, which needs Triton, through Triton's interpreter, slowly.
 test-v2: $(VENV)/test.done
 	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(TESTS) tests/v2
 

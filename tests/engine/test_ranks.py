@@ -84,10 +84,9 @@ def answers(model: Path, ranks: int, setting: dict[str, Any] | None) -> tuple[li
         seams.remove("engine")
 
 
-def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def check_two_ranks(model: Path, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Assert that two ranks draft as one and answer as two plain ones, and return these answers; leave it at two."""
     cores = sorted(os.sched_getaffinity(0))
-    model = tiny_model(tmp_path / "model")
-    setting = {"method": "self_exit", "model": str(recurrent_heads(tmp_path / "heads", model))}
     fixed = setting | {"policy": "fixed", "num_speculative_tokens": 3}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(cores[0]))
     alone, counted_alone = answers(model, 1, fixed)
@@ -97,4 +96,11 @@ def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found == plain == alone
     assert counted == counted_alone
     assert counted["draft_tokens"] > counted["accepted_tokens"] > 20
+    return plain
+
+
+def test_two_ranks_draft_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model(tmp_path / "model")
+    setting = {"method": "self_exit", "model": str(recurrent_heads(tmp_path / "heads", model))}
+    plain = check_two_ranks(model, setting, monkeypatch)
     assert answers(model, 2, setting | {"policy": "auto"})[0] == plain, "each rank has times of its own"

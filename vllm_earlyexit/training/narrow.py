@@ -23,7 +23,7 @@ def width_of(mlp: GatedMLP) -> int:
 
 @torch.no_grad()
 def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, width: int) -> nn.Module:
-    """Return a copy of a head whose MLPs have at most ``width`` units.
+    """Return a head whose MLPs have at most ``width`` units: this one if it has no more, else a copy.
 
     Units are chosen by orthogonal least squares (Chen, Billings, Luo, Int. J. of Control, 1989): each next
     one explains most of what the MLP adds and the chosen ones do not explain yet. Their down projection is fitted by
@@ -39,7 +39,7 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
     copy = deepcopy(head).to(teacher.device)
     wide = [mlp for mlp in copy.modules() if isinstance(mlp, GatedMLP) and width_of(mlp) > width]
     if not wide:
-        return copy.cpu()
+        return head
     grams = [torch.zeros(width_of(mlp), width_of(mlp)) for mlp in wide]
 
     def add(gram: torch.Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> None:

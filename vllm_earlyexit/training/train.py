@@ -194,14 +194,14 @@ def _start(
     while len(first) < len(packs) and sum(len(batch.ids) for batch in first) < START_TOKENS:
         first.append(packs[len(first)])
     sample = concatenate(first)
+    if known is not None:
+        width = options.intermediate_size
+        modules = {layer: narrowed(teacher, head, layer, sample, width) for layer, head in known.modules.items()}
+        known = Heads(known.config, modules, known.draft_vocab)
     for kind in options.kinds:
         for layer in layers:
             head = build_head(kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
-            like = None if known is None else _nearest(known, kind, layer)
-            if like is not None:
-                narrow = narrowed(teacher, like.module, like.exit_layer, sample, options.intermediate_size)
-                like = replace(like, module=narrow)
-            teacher.start(head, layer, sample, like)
+            teacher.start(head, layer, sample, None if known is None else _nearest(known, kind, layer))
             students[Students.key(kind, layer)] = head
     return students
 
