@@ -1,6 +1,7 @@
 """From nothing to heads as a user makes them: how long it takes, and how close they come to the best known ones.
 
     python -m benchmarks.minutes MODEL --prompts FILE.jsonl --test TEST --reference RESULT.json --out RESULT.json
+        --collecting '--num-prompts 900' --training '--epochs 3'
 
 TEST is a folder of ``vllm-earlyexit collect --sampled 0`` over test prompts, the reference a result of
 ``benchmarks.heads`` on the same records. Collecting and training run as a user's commands, in processes of their own.
@@ -9,6 +10,7 @@ TEST is a folder of ``vllm-earlyexit collect --sampled 0`` over test prompts, th
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,16 +44,16 @@ def main(
     reference: Annotated[Path, typer.Option()],
     out: Annotated[Path, typer.Option()],
     exit_layer: Annotated[int, typer.Option()] = 10,
-    num_prompts: Annotated[int, typer.Option()] = 900,
-    epochs: Annotated[int, typer.Option()] = 3,
+    collecting: Annotated[str, typer.Option(help="Further options of collect.")] = "--num-prompts 900",
+    training: Annotated[str, typer.Option(help="Further options of train.")] = "--epochs 3",
 ) -> None:
     """Collect, train, and compare agreement with the reference's."""
     with tempfile.TemporaryDirectory() as scratch:
         records, heads = f"{scratch}/records", f"{scratch}/heads"
         exits = ["--exit-layer", str(exit_layer)]
-        asked = ["--prompts", str(prompts), "--num-prompts", str(num_prompts)]
+        asked = ["--prompts", str(prompts), *shlex.split(collecting)]
         collect = timed("collect", model, "--out", records, *asked, *exits)
-        train = timed("train", model, "--records", records, "--out", heads, "--epochs", str(epochs), *exits)
+        train = timed("train", model, "--records", records, "--out", heads, *exits, *shlex.split(training))
         loaded = load_heads(Path(heads))
         traces, _ = trace_heads(model_folder(model), loaded, [test], every_document=True, device="cpu")
     agreed = [trace.agreement for trace in traces[exit_layer]]

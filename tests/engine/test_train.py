@@ -19,9 +19,12 @@ from tests.engine.tiny import add_tokenizer, tiny_model
 from vllm_earlyexit.cli import app
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import load_heads, read_config
+from vllm_earlyexit.training.classroom import Classroom
+from vllm_earlyexit.training.narrow import width_of
 from vllm_earlyexit.training.packs import Records
 from vllm_earlyexit.training.shards import Batch
-from vllm_earlyexit.training.train import TrainingOptions, train_heads, training_identity
+from vllm_earlyexit.training.teacher import Teacher
+from vllm_earlyexit.training.train import TrainingOptions, _start, train_heads, training_identity
 
 QUICK = ("--draft-vocab-size", "48", "--intermediate-size", "96", "--batch-tokens", "256", "--held-out", "0.2")
 
@@ -312,6 +315,18 @@ def test_training_goes_on_from_trained_heads(model: Path, text: Path, records: P
     assert "no hidden states after layer 2" in run(
         "train", model, "--records", _one_cut(model, text, tmp_path), *start[2:], *QUICK, code=2
     )
+
+
+def test_heads_that_are_narrower_than_the_model_start_as_its_last_layer_too(model: Path, records: Path):
+    opened, teacher = Records([records]), Teacher(model, "cpu", torch.float32)
+    options = TrainingOptions(intermediate_size=64, batch_tokens=256, held_out=0.2)
+    head = _start(Classroom.of(teacher, None), [2], opened, None, options)["recurrent-2"]
+    hidden = opened.packs(256, (2, teacher.num_layers - 1), 0.2, False)[0].hidden[teacher.num_layers - 1].float()
+    last = teacher.model.get_decoder().layers[-1]
+    with torch.no_grad():
+        added, whole = head.mlp(hidden) - hidden, last.mlp(last.post_attention_layernorm(hidden))
+    assert width_of(head.mlp) == 64 < teacher.intermediate_size
+    assert (added - whole).norm() < 0.6 * whole.norm()
 
 
 def test_heads_become_narrower(model: Path, records: Path, tmp_path: Path):

@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import quality
+from benchmarks.cascade import Request, World
 from benchmarks.engines import Run, Setup, family, speculative_config
 from benchmarks.oracle import Oracle
 from benchmarks.quality import families
 from benchmarks.roofline import H100, SHAPES, best, speedup
 from benchmarks.throughput import Contestant, early_exits, record, spread, turns
 from tests.unit.helpers import LAYERS, make_model
+from vllm_earlyexit.engine.cost import StepTimes
 from vllm_earlyexit.engine.early_exit import Limits
 from vllm_earlyexit.engine.head import Asked
 
@@ -110,6 +113,27 @@ def test_code_is_run_within_limits(answer: str, right: bool, monkeypatch: pytest
 def test_the_final_answer_is_found():
     assert quality.final_answer("Answer: 3? No.\nAnswer: **17**.") == "17"
     assert quality.final_answer("42") == "42"
+
+
+BY_THE_TOKEN = StepTimes((1, 2, 64), (0.1, 0.2, 6.4), (0.1, 0.1, 0.1), (1.0, 2.0, 64.0), (1.0, 2.0, 64.0))
+"""Where every token costs as much as the first one."""
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "copied", "accepted", "without", "checked"),
+    [
+        pytest.param([5, 6, 7, 8, 5, 6, 7, 8, 5], 5, 2, 2, (1 + 0.2 + 2) + 1, (1 + 0.2 + 2 + 0.2) + 1, id="right"),
+        pytest.param([5, 1, 5, 2, 5, 3], 3, 2, 0, (1 + 0.2 + 2) + 2 * 1, (1 + 0.2 + 0.2) + 2 * 1, id="wrong"),
+    ],
+)
+def test_a_check_below_the_cut_saves_what_wrong_copies_cost_above_it(
+    text: list[int], length: int, copied: int, accepted: int, without: float, checked: float
+):
+    world = World(BY_THE_TOKEN, around=0.0, overhead=0.1, longest=2)
+    for check, seconds in ((False, without), (True, checked)):
+        found = world.replay([Request(np.array(text), length)], 1, check=check, everything=True)
+        assert (found.tokens, found.copied, found.accepted) == (len(text) - length, copied, accepted)
+        assert found.seconds == pytest.approx(seconds)
 
 
 def test_configurations_take_turns_in_alternating_order():

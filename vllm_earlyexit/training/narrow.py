@@ -1,4 +1,4 @@
-"""Trained heads with narrower MLPs: they keep the units that matter most, which take over from the others."""
+"""Heads with narrower MLPs: they keep the units that matter most, which take over from the others."""
 
 from copy import deepcopy
 from functools import partial
@@ -31,7 +31,7 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
 
     Args:
         teacher: The base model.
-        head: A trained head; not changed.
+        head: A head; not changed.
         exit_layer: Where it sits.
         batch: What it is run on, draft step 0 only.
         width: Units of every MLP.
@@ -76,14 +76,18 @@ def explaining(gram: torch.Tensor, added: torch.Tensor, count: int) -> torch.Ten
         added: Their inner products with what is to be explained, [n, m].
         count: How many to choose.
     """
+    if not added.any():
+        return torch.arange(count)
     gram, added = gram.double(), added.double()
     least = 1e-9 * gram.diagonal().max()
     chosen = torch.zeros(len(gram), dtype=torch.bool)
-    for _ in range(count):
-        own = gram.diagonal().clamp(min=least)
+    left = gram.diagonal().clone()  # squared length of what the chosen ones do not explain of each
+    units = gram.new_zeros(count, len(gram))  # inner products with the chosen ones, made orthonormal
+    for n in range(count):
+        own = left.clamp(min=least)
         best = int((added.square().sum(dim=1) / own).masked_fill(chosen, -1).argmax())
         chosen[best] = True
-        unit = gram[best] / own[best].sqrt()
-        added = added - torch.outer(unit, added[best] / own[best].sqrt())
-        gram = gram - torch.outer(unit, unit)
+        units[n] = (gram[best] - units[:n, best] @ units[:n]) / own[best].sqrt()
+        added = added - torch.outer(units[n], added[best] / own[best].sqrt())
+        left = left - units[n].square()
     return chosen.nonzero().squeeze(1)

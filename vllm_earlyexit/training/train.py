@@ -186,23 +186,28 @@ def _check(
 def _start(
     classroom: Classroom, layers: Sequence[int], records: Records, known: Heads | None, options: TrainingOptions
 ) -> Students:
-    """Return heads that start close to the model, or to ``known`` ones; see ``Teacher.start``."""
+    """Return heads that start close to the model, or to ``known`` ones; see ``Teacher.start``.
+
+    The last layer's MLP, where heads start as it, is made as narrow as they are.
+    """
     teacher, students = classroom.teacher, Students()
     read = tuple(sorted({*layers, *(known.modules if known else ()), teacher.num_layers - 1}))
     packs = records.packs(options.batch_tokens, read, options.held_out, False)
     first: list[Batch] = []
     while len(first) < len(packs) and sum(len(batch.ids) for batch in first) < START_TOKENS:
         first.append(packs[len(first)])
-    sample = concatenate(first)
+    sample, width = concatenate(first), options.intermediate_size
     if known is not None:
-        width = options.intermediate_size
         modules = {layer: narrowed(teacher, head, layer, sample, width) for layer, head in known.modules.items()}
         known = Heads(known.config, modules, known.draft_vocab)
     for kind in options.kinds:
         for layer in layers:
-            head = build_head(kind, teacher.hidden_size, options.intermediate_size, teacher.query_size)
-            teacher.start(head, layer, sample, None if known is None else _nearest(known, kind, layer))
-            students[Students.key(kind, layer)] = head
+            like = None if known is None else _nearest(known, kind, layer)
+            copies = like is None and kind in ATTENDING
+            begun = max(width, teacher.intermediate_size) if copies else width
+            head = build_head(kind, teacher.hidden_size, begun, teacher.query_size)
+            teacher.start(head, layer, sample, like)
+            students[Students.key(kind, layer)] = narrowed(teacher, head, layer, sample, width)
     return students
 
 
