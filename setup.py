@@ -14,7 +14,7 @@ setup(
         "cuda": [f"vllm{VLLM}"],
         "demo": GGUF,
         "train": TRAIN,
-        "bench": ["matplotlib", "ray", "reasoning-gym"],
+        "bench": ["matplotlib", "pandas", "ray", "reasoning-gym"],
         # xformers for its attention biases, which work on CPUs
         "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pytest", "pytest-xdist", "xformers"],
     }
