@@ -144,12 +144,14 @@ def main(
     around_ms: Annotated[float, typer.Option(help="Of a round beside the model, as in a time split.")] = 1.9,
     overhead_ms: Annotated[float, typer.Option(help="Of a pass beside its layers and head (benchmarks.steps).")] = 0.6,
     longest: Annotated[int, typer.Option(help="Longest copy.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer; small models end in loops.")] = 128,
 ) -> None:
     """Replay with and without the check."""
     known = json.loads(times.read_text())
     parts = PartTimes(tuple(known["sizes"]), tuple(map(tuple, known["parts"])))
     world = World(parts.of_exit(exit_number), around_ms / 1e3, overhead_ms / 1e3, longest)
-    items = [Request(np.array(one["ids"]), one["answer_start"] + 1) for one in read_records(answers)]
+    known_answers = ((one["ids"], one["answer_start"]) for one in read_records(answers))
+    items = [Request(np.array(ids[: start + max_tokens]), start + 1) for ids, start in known_answers]
     items = [one for one in items if one.length < len(one.tokens)]
     rows = []
     for width in concurrency or [1, 2, 4, 8, 16, 32]:
@@ -168,7 +170,13 @@ def main(
                 "check_saves_at_most": round(best.tokens_per_s / without.tokens_per_s - 1, 4),
             }
         )
-    measured = {"answers": len(items), "longest": longest, "step_times": asdict(world.times), "rows": rows}
+    measured = {
+        "answers": len(items),
+        "max_tokens": max_tokens,
+        "longest": longest,
+        "step_times": asdict(world.times),
+        "rows": rows,
+    }
     write_result(out, "cascade", measured)
 
 
