@@ -36,10 +36,10 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
         batch: What it is run on, draft step 0 only.
         width: Units of every MLP.
     """
-    copy = deepcopy(head).to(teacher.device)
-    wide = [mlp for mlp in copy.modules() if isinstance(mlp, GatedMLP) and width_of(mlp) > width]
-    if not wide:
+    if not _wider(head, width):
         return head
+    copy = deepcopy(head).to(teacher.device)
+    wide = _wider(copy, width)
     grams = [torch.zeros(width_of(mlp), width_of(mlp)) for mlp in wide]
 
     def add(gram: torch.Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -54,6 +54,11 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
     for mlp, gram in zip(wide, grams, strict=True):
         narrow(mlp, gram, width)
     return copy.cpu()
+
+
+def _wider(head: nn.Module, width: int) -> list[GatedMLP]:
+    """Return a head's MLPs that have more than ``width`` units."""
+    return [mlp for mlp in head.modules() if isinstance(mlp, GatedMLP) and width_of(mlp) > width]
 
 
 def narrow(mlp: GatedMLP, gram: torch.Tensor, width: int) -> None:

@@ -116,7 +116,11 @@ class Teacher:
         self.hidden_size: int = self.lm_head.in_features
         self.vocab_size: int = self.lm_head.out_features
         self.query_size: int = self._last.self_attn.q_proj.out_features
-        self.intermediate_size: int = self._last.mlp.down_proj.in_features
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the last layer's MLP."""
+        return self._last.mlp.down_proj.in_features
 
     @property
     def layer_size(self) -> int:
