@@ -16,6 +16,6 @@ setup(
         "train": TRAIN,
         "bench": ["matplotlib", "pandas", "ray", "reasoning-gym"],
         # xformers for its attention biases, which work on CPUs
-        "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pytest", "pytest-xdist", "xformers"],
+        "test": [*GGUF, *LINT, *TRAIN, "hypothesis", "openai", "pandas", "pytest", "pytest-xdist", "xformers"],
     }
 )

@@ -1,6 +1,9 @@
 """``vllm serve`` with self-exit, asked by a real OpenAI client."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +93,19 @@ def test_a_server_answers_what_a_plain_one_answers(
     assert all(name == "weather" and arguments for name, arguments in found[1])
 
 
+def test_a_running_server_is_driven_by_vllms_own_benchmark(server: Server, smollm2: Path, tmp_path: Path):
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"id": n, "turns": [f"Count to {n}."]}) + "\n" for n in (3, 5)))
+    address = f"http://127.0.0.1:{server.port}"
+    command = [sys.executable, "-m", "benchmarks.serve", f"ours={address}", "--out", tmp_path]
+    command += ["--model", smollm2, "--served-model-name", "smollm2", "--prompts", asked, "--num-prompts", "2"]
+    subprocess.run([*command, "--max-tokens", "16", "--repeats", "1"], check=True)
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert (found["server"], found["completed"], found["speedup"]) == ("ours", 2, 1)
+    assert found["repeats"][0] > 0
+    assert 0 < found["acceptance_rate"] < 1
+
+
 def test_concurrent_streams_are_answered_and_counted(server: Server, prompts: list[str]):
     client = OpenAI(base_url=server.url, api_key="none")
     asked = prompts[:STREAMS]
@@ -119,6 +135,11 @@ def early_exits_are_for_who_asks(server: Server, client: OpenAI, asked: list[str
     with ThreadPoolExecutor(STREAMS) as pool:
         mixed = list(pool.map(lambda n: ask(client, asked[n], stream=False, **kinds[n % 2]), range(len(asked))))
     assert mixed[::2] == whole[::2]
+    messages = [{"role": "user", "content": asked[1]}]
+    body: Any = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 48} | kinds[1]
+    said = client.chat.completions.create(**body).model_dump()["kv_transfer_params"]["self_exit"]
+    assert sum(said["tokens_per_exit"].values()) == 48
+    assert 2 < said["mean_exit_depth"] < 30
     assert mixed[1::2] != whole[1::2]
     early = server.metric("vllm:self_exit_early_tokens_total", 'exit_layer="2"')
     assert early >= server.metric("vllm:self_exit_checked_tokens_total") > 10

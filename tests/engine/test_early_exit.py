@@ -33,13 +33,23 @@ OTHERS = [(OPEN, "auto"), (OPEN, "fixed"), (PROPAGATING, "entropy"), (PROPAGATIN
 
 
 def ask(llm: Any, prompts: Sequence[str], extra: Sequence[dict[str, Any] | None], **params: Any) -> list[list[int]]:
-    """Ask all prompts at once, each in its own way."""
+    """Ask all prompts at once, each in its own way; return the tokens of each answer."""
+    return [list(output.outputs[0].token_ids) for output in responses(llm, prompts, extra, **params)]
+
+
+def responses(llm: Any, prompts: Sequence[str], extra: Sequence[dict[str, Any] | None], **params: Any) -> list[Any]:
+    """Ask all prompts at once; return vLLM's ``RequestOutput`` of each."""
     from vllm import SamplingParams
 
     params = {"temperature": 0, "max_tokens": MAX_TOKENS} | params
     messages: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
     each = [SamplingParams(**params, extra_args=asked) for asked in extra]
-    return [list(o.outputs[0].token_ids) for o in llm.chat(messages, each, use_tqdm=False)]
+    return llm.chat(messages, each, use_tqdm=False)
+
+
+def exits(outputs: Sequence[Any]) -> list[dict[str, Any] | None]:
+    """Return what each response says of its early exits, None if nothing."""
+    return [(output.kv_transfer_params or {}).get("self_exit") for output in outputs]
 
 
 def log_probabilities_are_the_full_models(llm: Any, plain: Reference) -> None:
@@ -333,11 +343,18 @@ def test_what_is_reported_is_what_happened(smollm2: Path, prompts: list[str], mo
             check(ours, request, final, draft, choices)
 
         monkeypatch.setattr(SelfExit, "check", checked)
-        answers = ask(llm, prompts[:8], [LOW] * 8)
+        outputs = responses(llm, prompts[:8], [LOW] * 8, ignore_eos=True)
         counted = counts(llm)
+        assert exits(responses(llm, prompts[:2], [None, {MODE: "off"}], max_tokens=4)) == [None, None]
     assert all(unsure <= limit for unsure, limit in left)
     assert len(left) >= counted["early_tokens"] > 100
-    tokens = sum(len(answer) - 1 for answer in answers)  # the first comes from the prompt's pass
-    assert tokens <= counted["early_tokens"] + counted["full_depth_tokens"] <= tokens + 8 * 16
+    tokens = 8 * (MAX_TOKENS - 1)  # the first comes from the prompt's pass
+    assert tokens == counted["early_tokens"] + counted["full_depth_tokens"]
+    said = exits(outputs)
+    assert sum(one["tokens_per_exit"]["2"] for one in said) == counted["early_tokens"]
+    for one in said:
+        early, full = one["tokens_per_exit"]["2"], one["tokens_per_exit"]["30"]
+        assert early + full == MAX_TOKENS
+        assert one["mean_exit_depth"] == round((2 * early + 30 * full) / MAX_TOKENS, 2)
     assert counted["early_tokens_2"] == counted["early_tokens"]
     assert counted["checked_tokens"] - counted["agreed_tokens"] <= len(wrong)

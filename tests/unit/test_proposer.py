@@ -49,7 +49,7 @@ def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before
     ours.config = EarlyExitConfig("heads", (1,), 4, "auto")
     ours._verifying = Round(Frontier(places, places, places, "cpu"), seen, []) if before else None
     batch = [requests[name] for name in now]
-    ours.learn([Verified(request, *of) for request, of in zip(batch, [(3, 1), (2, 2)], strict=False)], batch)
+    ours.learn([Verified(request, "", *of) for request, of in zip(batch, [(3, 1), (2, 2)], strict=False)], batch)
     assert policy.told == told
 
 
@@ -60,5 +60,5 @@ def test_a_round_without_drafts_does_not_look_at_its_sequences():
     assert ours.draft(SimpleNamespace(device="cpu"), requests, pytest.fail, pytest.fail) == [[], []]  # type: ignore[arg-type]
     assert ours.resume(None, pytest.fail, torch.zeros(2), torch.zeros(2)) is None  # type: ignore[arg-type]
     ours.drafter = SimpleNamespace(policy=(policy := Listener()))  # type: ignore[assignment]
-    ours.learn([Verified(request, 0, 0) for request in requests], requests)
+    ours.learn([Verified(request, "", 0, 0) for request in requests], requests)
     assert not policy.told, "it is a round like any other, of which the time counts"

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from benchmarks.near_ties import NearTies
 from tests.engine import reference
 from tests.engine.conftest import adapter_of, counters, engine, runner_of
-from tests.engine.test_early_exit import LOW, OPEN, PROPAGATING, ask, counts
+from tests.engine.test_early_exit import LOW, OPEN, PROPAGATING, ask, counts, exits, responses
 from tests.engine.test_kv import Fed
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_patched import run
@@ -186,11 +186,14 @@ def test_early_exits_are_those_of_v1(smollm2: Path, plain: Judge, on_v1: pytest.
     """Beside requests that did not ask for them and decode as plain V2 does."""
     prompts, asked = plain.prompts[:4], [None, LOW, {MODE: "off"}, LOW]
     with engine(smollm2, speculative_config=setting) as llm:
-        found_on_v1, counted_on_v1 = ask(llm, prompts, asked, max_tokens=TOKENS), dict(counts(llm))
+        on_v1_said, counted_on_v1 = responses(llm, prompts, asked, max_tokens=TOKENS), dict(counts(llm))
     on_v1.undo()
     with engine(smollm2, speculative_config=setting) as llm:
-        found = ask(llm, prompts, asked, max_tokens=TOKENS)
-        assert found == found_on_v1
+        said = responses(llm, prompts, asked, max_tokens=TOKENS)
+        found = [list(output.outputs[0].token_ids) for output in said]
+        assert found == [list(output.outputs[0].token_ids) for output in on_v1_said]
+        assert exits(said) == exits(on_v1_said)
+        assert [one is not None for one in exits(said)] == [False, True, False, True]
         assert dict(counts(llm)) == counted_on_v1
         assert counted_on_v1["early_tokens"] > 20
         plain.check([found[0], plain.answers[1], found[2], plain.answers[3]])

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
+from vllm_earlyexit.engine import responses
 from vllm_earlyexit.engine.cost import SIZES, measured
 from vllm_earlyexit.engine.drafter import HeadSampler, Leaving, Pending, SelfExitDrafter
 from vllm_earlyexit.engine.early_exit import LOSSLESS, Left, Wish, wish_of
@@ -111,9 +112,17 @@ class Scheduled:
 
 @dataclass(frozen=True)
 class Verified:
-    """What became of a sequence's draft: of ``drafted`` tokens ``accepted``; nothing if its prompt is not finished."""
+    """What became of a sequence's draft.
+
+    Attributes:
+        request: See ``Scheduled``.
+        req_id: vLLM's.
+        drafted: Tokens that were verified.
+        accepted: How many of them were.
+    """
 
     request: object
+    req_id: str
     drafted: int
     accepted: int
 
@@ -176,6 +185,7 @@ class SelfExit:
         self.max_model_len = vllm_config.model_config.max_model_len
         self._round: Round | None = None
         self._verifying: Round | None = None
+        self._left_now: dict[str, dict[int, int]] = {}
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Take the loaded target model; drafting shares its weights."""
@@ -396,8 +406,14 @@ class SelfExit:
             if one.drafted:
                 self.drafter.policy.learn(found, one.drafted, one.accepted)
             if self.config.exits_early and last_round.sampled[found].wish.early:
-                kept = [left for n, left in last_round.frontier.left(found).items() if n < one.accepted]
-                self.drafter.early.emitted(kept, one.accepted + 1 - len(kept))
+                kept = {n: left for n, left in last_round.frontier.left(found).items() if n < one.accepted}
+                self.drafter.early.emitted([*kept.values()], one.accepted + 1 - len(kept))
+                self._left_now[one.req_id] = {n: self.config.exit_layers[left.cut] for n, left in kept.items()}
+
+    def tell(self, output: Any) -> None:
+        """Attach to a step's output which of its tokens have left; see ``responses``."""
+        left, self._left_now = self._left_now, {}
+        responses.attach(output, left)
 
     @contextmanager
     def _kv_context(

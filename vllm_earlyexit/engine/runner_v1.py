@@ -88,7 +88,7 @@ class SelfExitProposer(SelfExit):
         counts = verified or [0] * len(requests)
         self.learn(
             [
-                Verified(request, drafted, len(sampled) - 1)
+                Verified(request, request.req_id, drafted, len(sampled) - 1)
                 for request, sampled, drafted in zip(requests, sampled_token_ids, counts, strict=True)
                 if sampled
             ],

@@ -218,8 +218,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         drafted = [0] * len(counts) if verified is None else verified.tolist()
         requests = [self._requests[req_id] for req_id in input_batch.req_ids]
         self._check()
-        each = zip(requests, drafted, counts, strict=True)
-        self.learn([Verified(request, of, count - 1) for request, of, count in each if count], requests)
+        each = zip(requests, input_batch.req_ids, drafted, counts, strict=True)
+        self.learn([Verified(request, req_id, of, count - 1) for request, req_id, of, count in each if count], requests)
         rows = [row for row, count in enumerate(counts) if count]
         if not rows or longest == 0:
             return drafts

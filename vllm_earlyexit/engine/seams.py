@@ -306,6 +306,49 @@ def _ask_for_early_exits(original: Callable) -> Callable:
     return process_inputs
 
 
+def _tell_of_exits(original: Callable) -> Callable:
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        if output is not None and uses_self_exit(self.speculative_config):
+            self.drafter.tell(output)
+        return output
+
+    return sample_tokens
+
+
+def _tell_of_exits_on_v2(original: Callable) -> Callable:
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        if output is not None and uses_self_exit(self.speculative_config):
+            self.speculator.tell(output)
+        return output
+
+    return sample_tokens
+
+
+def _keep_exits(original: Callable) -> Callable:
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if uses_self_exit(self.vllm_config.speculative_config):
+            from vllm_earlyexit.engine.responses import keep
+
+            keep(self, model_runner_output)
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output
+
+
+def _report_exits(original: Callable) -> Callable:
+    def _free_request(self: Any, request: Any, delay_free_blocks: bool = False) -> Any:
+        params, others = original(self, request, delay_free_blocks)
+        if uses_self_exit(self.vllm_config.speculative_config):
+            from vllm_earlyexit.engine.responses import report
+
+            params = report(self, request, params)
+        return params, others
+
+    return _free_request
+
+
 def _admit_as_plain(original: Callable) -> Callable:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not uses_self_exit(speculative_config):
@@ -491,6 +534,43 @@ SEAMS = (
         upstream="A hook for validators of extra_args would replace it.",
         expects=PROCESS_INPUTS,
         wrap=_ask_for_early_exits,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+        stage="engine",
+        why="Responses say which exits a request's tokens have left at; only workers know.",
+        how="Attaches it to the step's output.",
+        upstream="A field of ModelRunnerOutput for what a proposer reports of requests would replace this and the next "
+        "three.",
+        expects=("self", "grammar_output"),
+        wrap=_tell_of_exits,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+        stage="engine",
+        why="See above, for V2.",
+        how="See above.",
+        upstream="See above.",
+        expects=("self", "grammar_output"),
+        wrap=_tell_of_exits_on_v2,
+    ),
+    Seam(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        stage="engine",
+        why="See above.",
+        how="Keeps what workers attached with the requests.",
+        upstream="See above.",
+        expects=("self", "scheduler_output", "model_runner_output"),
+        wrap=_keep_exits,
+    ),
+    Seam(
+        target="vllm.v1.core.sched.scheduler:Scheduler._free_request",
+        stage="engine",
+        why="See above.",
+        how="Adds the exits of a finished request to kv_transfer_params, a field of vLLM's responses that is a dict.",
+        upstream="See above.",
+        expects=("self", "request", "delay_free_blocks"),
+        wrap=_report_exits,
     ),
     Seam(
         target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",

@@ -43,7 +43,8 @@ def narrowed(teacher: Teacher, head: nn.Module, exit_layer: int, batch: Batch, w
     grams = [torch.zeros(width_of(mlp), width_of(mlp)) for mlp in wide]
 
     def add(gram: torch.Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        gram += (inputs[0].float().T @ inputs[0].float()).cpu()
+        units = inputs[0][: len(batch.ids)].float()  # without padding
+        gram += (units.T @ units).cpu()
 
     hooks = [mlp.down.register_forward_pre_hook(partial(add, gram)) for mlp, gram in zip(wide, grams, strict=True)]
     with teacher.autocast():

@@ -1,7 +1,7 @@
 """The frozen base model in transformers: the parts that heads lean on, and what the full model computes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from vllm_earlyexit.training.attention import KeyValue, attend
 from vllm_earlyexit.training.data import Window
 from vllm_earlyexit.training.shards import Batch, window_key
 from vllm_earlyexit.training.targets import top_targets
+
+ROWS = 128
+"""Heads run on multiples of so many tokens: oneDNN compiles every matrix product anew for another number of rows."""
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -193,7 +196,7 @@ class Teacher:
     def unembed(self, features: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits [num_tokens, num_rows] for normed features; ``rows`` of lm_head, by default all."""
         weight = self.lm_head.weight if rows is None else rows
-        return F.linear(features.to(weight.dtype), weight)
+        return F.linear(_whole_rows(features.to(weight.dtype)), weight)[: len(features)]
 
     def rows(self, draft_vocab: torch.Tensor | None) -> torch.Tensor:
         """Return lm_head's rows for the draft vocabulary, [draft_vocab_size, hidden_size]."""
@@ -273,6 +276,26 @@ def shifted(states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     return states.roll(1, dims=0).masked_fill(first.to(states.device).unsqueeze(-1), 0)
 
 
+def padded(batch: Batch) -> Batch:
+    """Return a batch with one more window, of zeros, so that its number of tokens is a multiple of ``ROWS``."""
+    count = -len(batch.ids) % ROWS
+    if count == 0:
+        return batch
+    return replace(
+        batch,
+        lengths=torch.cat([batch.lengths, torch.tensor([count])]),
+        ids=F.pad(batch.ids, (0, count)),
+        scored=F.pad(batch.scored, (0, count)),
+        hidden={layer: _whole_rows(hidden) for layer, hidden in batch.hidden.items()},
+        final=_whole_rows(batch.final),
+    )
+
+
+def _whole_rows(states: torch.Tensor) -> torch.Tensor:
+    """Return states [num_tokens, size] with rows of zeros up to a multiple of ``ROWS``."""
+    return F.pad(states, (0, 0, 0, -len(states) % ROWS))
+
+
 def draft_steps(
     teacher: Teacher, head: nn.Module, hidden: torch.Tensor, batch: Batch, pending: int, deep_keys: bool = True
 ) -> list[torch.Tensor]:
@@ -292,12 +315,13 @@ def draft_steps(
     Returns:
         For each step the head's features after the final norm, [num_tokens, hidden_size].
     """
+    count, batch = len(batch.ids), padded(batch)
     last, first = teacher.last_layer(batch, deep_keys), first_tokens(batch)
-    previous = shifted(batch.final, first)
+    hidden, previous = _whole_rows(hidden), shifted(batch.final, first)
     learning, steps = torch.is_grad_enabled(), []
     for step in range(pending + 1):
         with torch.set_grad_enabled(learning and step == pending):
             features = head(hidden.float(), Context(last, previous.float()))
             steps.append(teacher.norm(features.to(batch.final.dtype)))
         previous = shifted(steps[-1].detach(), first)
-    return steps
+    return [features[:count] for features in steps]
