@@ -120,6 +120,9 @@ class ServingSource:
                 asked.append((number, prompt, temperature, options.answer_tokens))
             else:
                 yield Answer(number, [], None)
+        if options.max_tokens is None:
+            # One that is sampled makes vLLM draw random numbers for the whole batch; where all will run, they run last.
+            asked.sort(key=lambda one: one[2])
         yield from self._run(asked)
 
     def _run(self, asked: Sequence[tuple[int, list[int], float, int]]) -> Iterator[Answer]:
