@@ -345,6 +345,7 @@ def test_what_is_reported_is_what_happened(smollm2: Path, prompts: list[str], mo
         monkeypatch.setattr(SelfExit, "check", checked)
         outputs = responses(llm, prompts[:8], [LOW] * 8, ignore_eos=True)
         counted = counts(llm)
+        drafter._leave = leave
         assert exits(responses(llm, prompts[:2], [None, {MODE: "off"}], max_tokens=4)) == [None, None]
     assert all(unsure <= limit for unsure, limit in left)
     assert len(left) >= counted["early_tokens"] > 100

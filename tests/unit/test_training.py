@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.modules import GatedMLP
-from vllm_earlyexit.training.attention import attend, packed_bias, visible
+from vllm_earlyexit.training.attention import attend, packed_bias
 from vllm_earlyexit.training.calibrate import AcceptanceMap, expected_calibration_error, replay, thresholds
 from vllm_earlyexit.training.classroom import draft_index, frequent_tokens
 from vllm_earlyexit.training.data import Window, cut, grouped, tokenize
@@ -211,9 +211,12 @@ def test_xformers_block_diagonal_bias_gives_the_same_attention(pending: int):
 
 
 def test_without_deep_keys_only_drafted_ones_are_seen():
-    seen = visible(4, 1, torch.device("cpu"), False)
-    assert not seen[:, :4].any()
-    assert seen[:, 4:].any()
+    torch.manual_seed(0)
+    query, *drafted = torch.randn(3, 5, 2, 8)
+    pair = (drafted[0], drafted[1])
+    with_others = [attend(query, (torch.randn(5, 2, 8), torch.randn(5, 2, 8)), [pair], [5], False) for _ in range(2)]
+    assert torch.equal(*with_others)
+    torch.testing.assert_close(with_others[0], drafted[1])  # a token sees itself alone
 
 
 def trace_of(entropy: torch.Tensor, agrees: torch.Tensor, lengths: list[int]) -> Trace:

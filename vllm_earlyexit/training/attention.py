@@ -15,16 +15,15 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 @functools.lru_cache(maxsize=64)
-def visible(length: int, pending: int, device: torch.device, deep_keys: bool = True) -> torch.Tensor:
+def visible(length: int, pending: int, device: torch.device) -> torch.Tensor:
     """Return which keys a sequence's queries see, bool [length, (pending + 2) * length].
 
     The keys are the exact ones, then those of draft steps 0 to ``pending``; step j provides just the keys that lie
-    ``pending - j`` tokens back, because that is when they were drafted. Without ``deep_keys`` the exact ones are
-    hidden.
+    ``pending - j`` tokens back, because that is when they were drafted.
     """
     distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     steps = [distance == pending - step for step in range(pending + 1)]
-    return torch.cat([(distance > pending) & deep_keys, *steps], dim=1)
+    return torch.cat([distance > pending, *steps], dim=1)
 
 
 def attend(
@@ -52,8 +51,8 @@ def attend(
 def _attend_alone(query: torch.Tensor, exact: KeyValue, drafted: list[KeyValue], deep_keys: bool) -> torch.Tensor:
     """Attend within one sequence; shapes and result as for ``attend``.
 
-    Of a draft step a query sees one key at most. So only exact keys are worth a matrix product, and PyTorch's fused
-    attention, which would take the others as keys with a mask, needs two to four times as long on CPUs with gradients.
+    Of a draft step a query sees one key at most. So only exact keys are worth a matrix product. PyTorch's fused
+    attention would take the others as keys, too, nearly all of them masked, and is slower on CPUs with gradients.
     """
     length, kv_heads, size = exact[0].shape
     queries = (query * size**-0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, groups, length, size]

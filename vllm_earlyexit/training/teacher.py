@@ -126,6 +126,11 @@ class Teacher:
         return self._last.mlp.down_proj.in_features
 
     @property
+    def num_heads(self) -> int:
+        """Query heads of the last layer."""
+        return self.query_size // self._last.self_attn.head_dim
+
+    @property
     def layer_size(self) -> int:
         """Parameters of one decoder layer."""
         return sum(p.numel() for p in self._last.parameters())
