@@ -123,6 +123,11 @@ class EarlyExitConfig:
         """Whether any request may exit early."""
         return self.lowest_accuracy is not None
 
+    @classmethod
+    def of(cls, vllm_config: Any) -> "EarlyExitConfig":
+        """Return the setting that arrived in one of vLLM's processes."""
+        return cls(**vllm_config.additional_config[CONFIG_KEY])
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready copy, as it travels to vLLM's processes."""
         return asdict(self)

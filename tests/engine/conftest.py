@@ -46,8 +46,9 @@ def runner_of(llm: Any) -> Any:
 
 def adapter_of(llm: Any) -> Any:
     """Our proposer or speculator inside an in-process engine."""
-    runner = runner_of(llm)
-    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
+    from vllm_earlyexit.engine import rounds
+
+    return rounds.adapter_of(runner_of(llm))
 
 
 def counters(llm: Any) -> dict[str, int]:

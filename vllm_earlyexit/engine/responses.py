@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_earlyexit.config import CONFIG_KEY, EarlyExitConfig
+from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.early_exit import wish_of
 
 LEFT = "self_exit_left"
@@ -37,7 +37,7 @@ def keep(scheduler: Any, output: Any) -> None:
 def report(scheduler: Any, request: Any, others: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the ``kv_transfer_params`` of a finished request: ``others``, and if it could exit early, its exits."""
     params, vllm_config = request.sampling_params, scheduler.vllm_config
-    config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
+    config = EarlyExitConfig.of(vllm_config)
     if params is None or not wish_of(params.extra_args, config).early:
         return others
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()

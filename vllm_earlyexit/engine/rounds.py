@@ -19,7 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig
+from vllm_earlyexit.config import AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine import responses
 from vllm_earlyexit.engine.cost import SIZES, measured
 from vllm_earlyexit.engine.drafter import HeadSampler, Leaving, Pending, SelfExitDrafter
@@ -181,7 +181,7 @@ class SelfExit:
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
         assert isinstance(vllm_config.additional_config, AdditionalConfig)
-        self.config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
+        self.config = EarlyExitConfig.of(vllm_config)
         self.max_model_len = vllm_config.model_config.max_model_len
         self._round: Round | None = None
         self._verifying: Round | None = None
@@ -493,8 +493,11 @@ def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> 
     return block_ids.to(torch.int64) * block_size + positions % block_size
 
 
+def adapter_of(runner: Any) -> Any:
+    """Return the proposer or speculator of a model runner that serves self-exit."""
+    return runner.drafter if hasattr(runner, "drafter") else runner.speculator
+
+
 def measure(worker: Any) -> None:
     """Let a worker's adapter measure; for vLLM's ``collective_rpc``."""
-    runner = worker.model_runner
-    adapter = runner.drafter if hasattr(runner, "drafter") else runner.speculator
-    adapter.measure(runner)
+    adapter_of(worker.model_runner).measure(worker.model_runner)

@@ -310,17 +310,9 @@ def _tell_of_exits(original: Callable) -> Callable:
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output = original(self, grammar_output)
         if output is not None and uses_self_exit(self.speculative_config):
-            self.drafter.tell(output)
-        return output
+            from vllm_earlyexit.engine.rounds import adapter_of
 
-    return sample_tokens
-
-
-def _tell_of_exits_on_v2(original: Callable) -> Callable:
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = original(self, grammar_output)
-        if output is not None and uses_self_exit(self.speculative_config):
-            self.speculator.tell(output)
+            adapter_of(self).tell(output)
         return output
 
     return sample_tokens
@@ -552,7 +544,7 @@ SEAMS = (
         how="See above.",
         upstream="See above.",
         expects=("self", "grammar_output"),
-        wrap=_tell_of_exits_on_v2,
+        wrap=_tell_of_exits,
     ),
     Seam(
         target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",

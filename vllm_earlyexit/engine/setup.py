@@ -48,7 +48,7 @@ def admit(request: Any, vllm_config: Any) -> None:
 
     if request.sampling_params is None:
         return
-    config = EarlyExitConfig(**vllm_config.additional_config[CONFIG_KEY])
+    config = EarlyExitConfig.of(vllm_config)
     try:
         wish = wish_of(request.sampling_params.extra_args, config)
     except EarlyExitError as error:

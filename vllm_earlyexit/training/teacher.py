@@ -281,8 +281,8 @@ def shifted(states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     return states.roll(1, dims=0).masked_fill(first.to(states.device).unsqueeze(-1), 0)
 
 
-def padded(batch: Batch) -> Batch:
-    """Return a batch with one more window, of zeros, so that its number of tokens is a multiple of ``ROWS``."""
+def _padded(batch: Batch, layer: int) -> Batch:
+    """Return a batch with one more window, of zeros, up to a multiple of ``ROWS``; hidden states of ``layer`` alone."""
     count = -len(batch.ids) % ROWS
     if count == 0:
         return batch
@@ -291,7 +291,7 @@ def padded(batch: Batch) -> Batch:
         lengths=torch.cat([batch.lengths, torch.tensor([count])]),
         ids=F.pad(batch.ids, (0, count)),
         scored=F.pad(batch.scored, (0, count)),
-        hidden={layer: _whole_rows(hidden) for layer, hidden in batch.hidden.items()},
+        hidden={layer: _whole_rows(batch.hidden[layer])},
         final=_whole_rows(batch.final),
     )
 
@@ -320,7 +320,7 @@ def draft_steps(
     Returns:
         For each step the head's features after the final norm, [num_tokens, hidden_size].
     """
-    count, batch = len(batch.ids), padded(batch)
+    count, batch = len(batch.ids), _padded(batch, teacher.num_layers - 1)
     last, first = teacher.last_layer(batch, deep_keys), first_tokens(batch)
     hidden, previous = _whole_rows(hidden), shifted(batch.final, first)
     learning, steps = torch.is_grad_enabled(), []
