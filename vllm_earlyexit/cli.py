@@ -122,6 +122,9 @@ def train(
     start_from: Annotated[
         str | None, typer.Option(help="Heads of the same model to go on from, at these exits or other recorded ones.")
     ] = None,
+    draft_position: Annotated[
+        list[int] | None, typer.Option(help="Position in a draft that is trained, 1 to 4; repeatable. By default all.")
+    ] = None,
     deterministic: Annotated[bool, typer.Option(help="Use only deterministic algorithms.")] = False,
     storage: Annotated[Storage, typer.Option(help="How weights are stored.")] = "bfloat16",
     seed: int = 0,
@@ -147,6 +150,7 @@ def train(
         held_out=held_out,
         deep_keys=deep_keys,
         start_from=start_from,
+        draft_positions=tuple(draft_position or TrainingOptions.draft_positions),
         deterministic=deterministic,
         storage=storage,
         seed=seed,

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from tests.engine.conftest import engine
@@ -247,11 +249,36 @@ def test_training_stops_early_and_keeps_the_best(model: Path, records: Path, tmp
         intermediate_size=96, draft_vocab_size=48, batch_tokens=256, held_out=0.2, epochs=40, evaluations=40, patience=2
     )
     config = train_heads(str(model), [records], tmp_path / "heads", options=options)["recurrent"].config
-    curve = [point["agreement"]["recurrent-2"][0] for point in config.provenance["curve"]]
+
+    def trained_for(agreed: list[float]) -> float:
+        return statistics.mean(agreed[position - 1] for position in options.draft_positions)
+
+    curve = [trained_for(point["agreement"]["recurrent-2"]) for point in config.provenance["curve"]]
     assert len(curve) < 41
     best = max(range(1, len(curve)), key=curve.__getitem__)
     assert best == len(curve) - 3
-    assert config.provenance["held_out_agreement"]["2"][0] == pytest.approx(curve[best], abs=0.01)
+    assert trained_for(config.provenance["held_out_agreement"]["2"]) == pytest.approx(curve[best], abs=0.01)
+
+
+def test_only_the_asked_draft_positions_are_trained(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps, features = [], Classroom.features
+
+    def noted(self: Classroom, module: nn.Module, hidden: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        steps.append(step)
+        return features(self, module, hidden, batch, step)
+
+    monkeypatch.setattr(Classroom, "features", noted)
+    train = ("train", model, "--records", records, *QUICK, "--max-tokens", "6000")
+    run(*train, "--out", tmp_path / "whole")
+    assert set(steps) == {0, 1, 2, 3}
+    steps.clear()
+    run(*train, "--out", tmp_path / "fourth", "--draft-position", "4")
+    assert set(steps) == {3}
+    assert load_heads(tmp_path / "fourth").config.provenance["options"]["draft_positions"] == [4]
+    said = run(*train, "--out", tmp_path / "fifth", "--draft-position", "5", code=2)
+    assert "draft positions that can be trained are 1 to 4, not 5" in said
 
 
 def test_deterministic_training_repeats_itself(model: Path, records: Path, tmp_path: Path):

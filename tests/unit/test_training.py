@@ -94,7 +94,7 @@ def test_the_draft_vocabulary_is_what_the_model_chooses_most():
 def test_top_targets_are_the_models_largest_probabilities(vocab: int, k: int):
     torch.manual_seed(0)
     final, weight = torch.randn(600, 16), torch.randn(vocab, 16)
-    ids, p = top_targets(final, lambda rows: rows @ weight.T, k)
+    ids, p = top_targets(final, lambda rows: rows @ weight.T, vocab, k)
     expected = (final @ weight.T).softmax(-1).topk(k)
     assert torch.equal(ids.long(), expected.indices)
     torch.testing.assert_close(p.float(), expected.values, atol=1e-3, rtol=1e-3)

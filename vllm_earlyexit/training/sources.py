@@ -99,7 +99,6 @@ class ServingSource:
             enforce_eager=options.eager,
             hf_overrides={"architectures": [register_recorder(architectures(folder), config.layers)]},
             async_scheduling=False,  # a step would run on after a sequence's end
-            enable_chunked_prefill=False,
             enable_prefix_caching=False,
             max_model_len=longest,
             max_num_batched_tokens=longest,
@@ -166,7 +165,7 @@ class ServingSource:
         model = self._runner.model
         with torch.inference_mode():
             rows = final[scored].to(self._runner.device)
-            top_ids, top_p = top_targets(rows, model.compute_logits, self._config.top_k)
+            top_ids, top_p = top_targets(rows, model.compute_logits, self._config.vocab_size, self._config.top_k)
         return Batch(
             windows=torch.tensor([window_key(window) for window in windows]),
             lengths=torch.tensor([len(window.ids) for window in windows]),

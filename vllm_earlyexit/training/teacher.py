@@ -147,7 +147,7 @@ class Teacher:
         out, real = self._run(ids, lengths)
         scored = torch.tensor([flag for window in windows for flag in window.scored])
         final = out.last_hidden_state[real]
-        top_ids, top_p = top_targets(final[scored], self.lm_head, top_k)
+        top_ids, top_p = top_targets(final[scored], self.lm_head, self.vocab_size, top_k)
         return Batch(
             windows=torch.tensor([window_key(window) for window in windows]),
             lengths=lengths,

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, Heads, HeadsConfig, LossName, Storage, load_heads
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder
 from vllm_earlyexit.heads.modules import ATTENDING, HeadKind, build_head
-from vllm_earlyexit.training.classroom import Classroom, Students, agreement, frequent_tokens
+from vllm_earlyexit.training.classroom import MEASURED_STEPS, Classroom, Students, agreement, frequent_tokens
 from vllm_earlyexit.training.losses import LOSSES, Target, feature_distance
 from vllm_earlyexit.training.narrow import narrowed
 from vllm_earlyexit.training.packs import Packs, Records, on_device
@@ -28,8 +29,6 @@ from vllm_earlyexit.training.plots import learning_curve
 from vllm_earlyexit.training.shards import Batch, RecordsConfig, concatenate
 from vllm_earlyexit.training.teacher import Teacher, Trained
 
-DRAFT_STEPS = (0, 1, 0, 2, 0, 3)
-"""Draft steps that are trained, batch by batch in turn: the first one most, because every draft passes it."""
 CHECKPOINTS = ".training"
 LEARNING_RATE = 0.5
 """Over the hidden size; wider heads want smaller steps. 2e-3, fine at width 576, undoes a good start at width 896."""
@@ -62,6 +61,8 @@ class TrainingOptions:
         deep_keys: Whether heads see the full model's keys and values of verified tokens (off for ablation only).
         start_from: Folder of heads of the same model to start from, at the same exits or at others that were recorded,
             of the same ``intermediate_size`` or a larger one.
+        draft_positions: Positions in a draft that are trained, batch by batch in turn, the first one most, because
+            every draft passes it. The mean of their held-out agreement decides what is best.
         storage: How weights are stored.
         deterministic: Use only deterministic algorithms.
         seed: Of everything random.
@@ -83,6 +84,7 @@ class TrainingOptions:
     held_out: float = 0.03
     deep_keys: bool = True
     start_from: str | None = None
+    draft_positions: tuple[int, ...] = (1, 2, 1, 3, 1, 4)
     storage: Storage = "bfloat16"
     deterministic: bool = False
     seed: int = 0
@@ -180,6 +182,9 @@ def _check(
         raise EarlyExitError(f"the records have no hidden states after layer {missing[0]}; they have {kept}")
     if options.top_k is not None and not 0 < options.top_k <= config.top_k:
         raise EarlyExitError(f"the records keep {config.top_k} target probabilities a token, not {options.top_k}")
+    for position in options.draft_positions:
+        if not 1 <= position <= MEASURED_STEPS:
+            raise EarlyExitError(f"draft positions that can be trained are 1 to {MEASURED_STEPS}, not {position}")
     return layers
 
 
@@ -355,11 +360,12 @@ def _fit(
     every = max(1, steps // options.evaluations)
     tokens_per_step = sum(sizes) / len(sizes)
     loss_of = LOSSES[options.loss]
+    draft_steps = [position - 1 for position in options.draft_positions]
 
     class Distillation(Trainer):
         def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
             batch = on_device(inputs["batch"], classroom.teacher.device)
-            step = DRAFT_STEPS[self.state.global_step % len(DRAFT_STEPS)]
+            step = draft_steps[self.state.global_step % len(draft_steps)]
             target = Target(batch.top_ids[:, : options.top_k], batch.top_p[:, : options.top_k], classroom.index)
             # The Trainer's own autocast wraps a model's forward, which these heads do not have.
             with classroom.teacher.autocast():
@@ -383,7 +389,9 @@ def _fit(
             curve.append(
                 {"tokens": round(self.state.global_step * tokens_per_step), "seconds": spent, "agreement": result}
             )
-            metrics = {f"eval_{name}": values[0] for name, values in result.items()}
+            metrics = {
+                f"eval_{name}": statistics.mean(values[step] for step in draft_steps) for name, values in result.items()
+            }
             metrics["eval_agreement"] = sum(metrics.values()) / len(metrics)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
