@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import time
 import zlib
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+from unittest.mock import patch
 
 from benchmarks.oracle import PLAIN, Oracle
 from vllm_earlyexit.engine.early_exit import ACCURACY
@@ -107,6 +109,7 @@ def finished(steps: Generator[None, None, T]) -> T:
             return done.value
 
 
+LAYER = re.compile(r"\blayers\.(\d+)\.")
 LOWEST = 0.5
 """Lowest accuracy that an engine for early exits allows."""
 
@@ -204,19 +207,20 @@ class VLLMEngine:
         waiting = {"async_scheduling": False} if name == "ar-sync" else {}
         if name == "unpadded":
             sizes.MOST = 0
-        self._llm: Any = LLM(
-            setup.model,
-            dtype=setup.dtype,
-            enforce_eager=not setup.compiled,
-            max_model_len=setup.max_model_len,
-            max_num_seqs=setup.max_num_seqs,
-            enable_prefix_caching=False,
-            speculative_config=speculative_config(config, setup),
-            disable_log_stats=False,
-            **shallower,
-            **shared,
-            **waiting,
-        )
+        with without_layers(int(numbers[0])) if name == "depth" else _nothing():
+            self._llm: Any = LLM(
+                setup.model,
+                dtype=setup.dtype,
+                enforce_eager=not setup.compiled,
+                max_model_len=setup.max_model_len,
+                max_num_seqs=setup.max_num_seqs,
+                enable_prefix_caching=False,
+                speculative_config=speculative_config(config, setup),
+                disable_log_stats=False,
+                **shallower,
+                **shared,
+                **waiting,
+            )
         self._number = 0
         self._oracle = None
         if name == "oracle":
@@ -390,6 +394,23 @@ def drafter_of(llm: Any) -> Any:
 def build(config: str, setup: Setup) -> Engine:
     """Return the engine of a configuration; see ``speculative_config``, and ``transformers:E``."""
     return TransformersEngine(config, setup) if config.startswith("transformers") else VLLMEngine(config, setup)
+
+
+@contextmanager
+def without_layers(first: int) -> Iterator[None]:
+    """Let vLLM, in this process, overlook the weights of layers from this one on; it refuses what has no place."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    whole = DefaultModelLoader.get_all_weights
+
+    def shallower(*arguments: Any) -> Iterator[tuple[str, Any]]:
+        for name, weight in whole(*arguments):
+            layer = LAYER.search(name)
+            if layer is None or int(layer.group(1)) < first:
+                yield name, weight
+
+    with patch.object(DefaultModelLoader, "get_all_weights", shallower):
+        yield
 
 
 @contextmanager
