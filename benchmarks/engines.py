@@ -144,8 +144,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then.
     ``unpadded``: self-exit whose passes are run over just their tokens; see ``engine.sizes``.
     ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the
-    same from the exit after layer E alone. ``entropy``: the calibrated threshold. ``fixed:E:K``: LayerSkip's rule, K
-    tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
+    same from the exit after layer E alone. ``entropy``: the calibrated threshold; ``entropy:A``: for accuracy A.
+    ``fixed:E:K``: LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
     numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the longest
     match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this fill-in and accuracy A,
     otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``oracle:FILL``: early exits of tokens on
@@ -160,6 +160,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
         fill_in = numbers[0]
         lookup = {"prompt_lookup": False} if name == "early-heads" else {}
         return ours | {"lowest_accuracy": LOWEST, "fill_in": fill_in, "check_rate": 0.05} | lookup
+    if name == "entropy" and len(numbers) == 1:
+        return ours | {"policy": "entropy", "target_accuracy": float(numbers[0])}
     match name, [int(number) for number in numbers]:
         case ("ar" | "ar-sync", []) | ("depth", [_]):
             return None
@@ -184,7 +186,7 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
     raise ValueError(
         f"there is no configuration {config!r}; write ar, ar-sync, undrafted, unpadded, self-exit[:LAYER], "
-        "heads-only[:LAYER], entropy, fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
+        "heads-only[:LAYER], entropy[:ACCURACY], fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
         "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or "
         "transformers:LAYER"
     )

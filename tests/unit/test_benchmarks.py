@@ -84,6 +84,9 @@ def test_configurations_that_differ_in_accuracy_share_an_engine():
     undrafted = speculative_config("undrafted", SETUP)
     assert undrafted is not None
     assert undrafted["policy"] == "fixed"
+    asked = speculative_config("entropy:0.7", SETUP)
+    assert asked is not None
+    assert (asked["policy"], asked["target_accuracy"]) == ("entropy", 0.7)
     assert families(["ar", "early:resume:0.9", "depth:3", "early:resume:0.8"]) == [
         ["ar"],
         ["early:resume:0.9", "early:resume:0.8"],
