@@ -141,16 +141,16 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     """Return vLLM's ``speculative_config`` for the name of a configuration.
 
     ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without, as vLLM on
-    CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then.
-    ``unpadded``: self-exit whose passes are run over just their tokens; see ``engine.sizes``.
-    ``self-exit``: as a user gets it. ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the
-    same from the exit after layer E alone. ``entropy``: the calibrated threshold; ``entropy:A``: for accuracy A.
-    ``fixed:E:K``: LayerSkip's rule, K tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
-    numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the longest
-    match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this fill-in and accuracy A,
-    otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``oracle:FILL``: early exits of tokens on
-    which head and plain decoding agree. ``depth:N``: plain decoding of the model without its layers from the N-th on.
-    ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head in this folder or of this Hub id.
+    CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then. ``unpadded``:
+    self-exit whose passes are run over just their tokens; see ``engine.sizes``. ``self-exit``: as a user gets it.
+    ``heads-only``: without prompt lookup. ``self-exit:E`` and ``heads-only:E``: the same from the exit after layer E
+    alone. ``entropy``: the calibrated threshold; ``entropy:A``: for accuracy A. ``fixed:E:K``: LayerSkip's rule, K
+    tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
+    numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the
+    longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this fill-in and
+    accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``oracle:FILL``: early exits of
+    tokens on which head and plain decoding agree. ``depth:N``: plain decoding of the model without its layers from
+    the N-th on. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head in this folder or of this Hub id.
     """
     name, *numbers = config.split(":")
     if name == "eagle3" and len(numbers) == 2:
