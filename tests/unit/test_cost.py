@@ -40,6 +40,7 @@ def acceptance(sharpness: float = 0.7) -> Acceptance:
 
 def auto(times: StepTimes, **arguments: float) -> AutoPolicy:
     policy = AutoPolicy([acceptance(**arguments)], LONGEST)
+    policy._plain_rounds = 20  # what vLLM does around the model is known
     policy.times = [times]
     return policy
 

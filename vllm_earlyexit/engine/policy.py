@@ -40,6 +40,8 @@ SEEN, SEEN_DRAFTS, CERTAIN = 4, 32, 1.5
 """Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
 WARM_UP, LASTING = 32, 1024
 """Rounds of similar size in which kernels and the like are made at first, and for which a comparison counts."""
+FIRST = 6
+"""Round up to which, from the second on, nothing is drafted until one has shown what vLLM does around the model."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 MOST_TABLES = 1024
@@ -405,7 +407,7 @@ class AutoPolicy:
     follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
 
     What vLLM does around the model, and what a draft step costs beside its parts, is learned from the time between
-    rounds: the former in rounds without a draft, of which there is one now and then for this purpose. Times that were
+    rounds: the former in rounds without a draft, of which there is one now and then for this purpose, and one at once. Times that were
     measured on a busy machine may still mislead, so the rates that rounds with and without drafts really reach are
     compared for every batch size; where drafting turns out slower it stops, but for a try now and then.
 
@@ -450,7 +452,8 @@ class AutoPolicy:
         self._values: dict[tuple[int, int, Limits | None], tuple[tuple[float, float], Worth]] = {}
         self._drafted: dict[int, list[Drafted]] = {}
         self._limits: RowLimits = ()
-        self._around: float | None = None
+        self._around = 0.0
+        self._rounds = self._plain_rounds = self._asked_rounds = 0
         self._overhead = self._spent = self._appended = self._began = self._rate = 0.0
         self._batch = self._tokens = self._step = self._asked = self._accepted = 0
         self._seen: dict[int, Seen] = defaultdict(Seen)
@@ -466,7 +469,8 @@ class AutoPolicy:
         self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
         self._accepted, self._drafted, self._appended = 0, {}, 0.0
-        return self._seen[alike(num_seqs)].start()
+        self._rounds += 1
+        return self._seen[alike(num_seqs)].start() and (self._plain_rounds > 0 or not 1 < self._rounds <= FIRST)
 
     def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Begin a round; return whether asking the head once is expected to pay."""
@@ -661,7 +665,7 @@ class AutoPolicy:
     def _reachable(self) -> float:
         """Return the batch's tokens per second: a little more than plain decoding's, or, if more, what was reached."""
         seen, step = self._seen[alike(self._batch)].plain, float(self._times.at("plain", self._batch))
-        plain = self._batch / (seen.value * step if seen.count >= SEEN else step + (self._around or 0.0))
+        plain = self._batch / (seen.value * step if seen.count >= SEEN else step + self._around)
         tokens, time = self._rates.get(alike(self._batch), (0.0, 0.0))
         return max((1 + MARGIN) * plain, tokens / time * self._batch / step if time else 0.0)
 
@@ -761,8 +765,8 @@ class AutoPolicy:
         expected = self._batch + sum(
             float(np.cumprod([token.expected for token in drafted]).sum()) for drafted in self._drafted.values()
         )
-        around, step, kind = self._around or 0.0, float(self._times.at("plain", self._batch)), alike(self._batch)
-        predicted = step + around + self._spent
+        step, kind = float(self._times.at("plain", self._batch)), alike(self._batch)
+        predicted = step + self._around + self._spent
         if self._drafts:
             predicted -= float(self._times.spare(self._batch))
         if not self._fast:
@@ -782,10 +786,15 @@ class AutoPolicy:
         missed = took - predicted
         self._seen[kind].add(1 + self._accepted / self._batch, took / step, self._drafts)
         if not self._drafts:
-            learned = max(0.0, around + missed)
-            self._around = learned if self._around is None else around + (1 - self.MEMORY) * (learned - around)
-        elif self._asked and self._around is not None:
-            self._overhead = max(0.0, self._overhead + (1 - self.MEMORY) * missed / self._asked)
+            self._around = max(0.0, self._around + self._share(self._plain_rounds) * missed)
+            self._plain_rounds += 1
+        elif self._asked and self._plain_rounds:
+            self._asked_rounds += 1
+            self._overhead = max(0.0, self._overhead + self._share(3 + self._asked_rounds) * missed / self._asked)
+
+    def _share(self, known: int) -> float:
+        """Return by how much of what it missed a time is corrected that so many rounds have told of."""
+        return max(1 / (1 + known), 1 - self.MEMORY)
 
 
 def build_policy(config: EarlyExitConfig, heads: Sequence[ExitHeadConfig]) -> Policy:
