@@ -163,32 +163,58 @@ class TestPromise:
         promised = calibrated(*zip(entropies.tolist(), (1 - entropies / 6).tolist(), strict=True))
         early, drawn = EarlyExits(OPEN, [(promised,)]), random.Random(0)
         kept: list[bool] = []
+        begun = early.limits(Wish(accuracy=0.85))
+        assert begun is not None
         for _ in range(20_000):
             limits, unsure = early.limits(Wish(accuracy=0.85)), drawn.uniform(0, 3)
             assert limits is not None
             if unsure <= limits.at(0, 0):
                 kept.append(drawn.random() > unsure / 3)
-                early.checked(Left(0, limits.agreement), kept[-1])
+                early.checked(Left(0, limits.accuracy), kept[-1])
         assert early.promise.correction > 1.5
         assert len(kept) > 2000
         assert np.mean(kept[-2000:]) > 0.83
-        assert np.mean(kept[:200]) < 0.8
+        assert 1 - begun.at(0, 0) / 6 < 0.75, "what they would agree on average without correction"
 
     def test_it_is_tried_again_when_nothing_leaves(self):
         promise = Promise()
-        for _ in range(500):
+        for _ in range(20):
             promise.learn(0.9, agreed=False)
         assert promise.correction > 2
+        for _ in range(Promise.IDLE):
+            promise.emitted(left=False)
+        assert promise.correction > 2
+        promise.emitted(left=True)
+        for _ in range(Promise.IDLE):
+            promise.emitted(left=False)
+        assert promise.correction > 2, "it fades only where nothing left for long"
         for _ in range(20_000):
-            promise.forget()
+            promise.emitted(left=False)
         assert promise.correction == 1.0
+
+    def test_nothing_leaves_any_more_where_sure_tokens_are_wrong(self):
+        """One token in five is sure, and every second of these is wrong; one sequence in twenty is checked."""
+        config = EarlyExitConfig("heads", (1,), 4, "entropy", lowest_accuracy=0.9, check_rate=0.05)
+        promised = calibrated(*zip([0.0, 1.0, 2.0], [0.999, 0.99, 0.5], strict=True))
+        early, drawn = EarlyExits(config, [(promised,)]), random.Random(0)
+        left = []
+        for _ in range(20_000):
+            limits = early.limits(Wish(accuracy=0.95))
+            assert limits is not None
+            leaves = drawn.random() < 0.2 and limits.at(0, 0) > 0
+            if leaves and early.checks():
+                early.checked(Left(0, limits.accuracy), agreed=drawn.random() < 0.5)
+            early.emitted([Left(0, limits.accuracy)] if leaves else [], others=not leaves)
+            left.append(leaves)
+        assert sum(left[:1000]) > 50
+        assert sum(left[1000:]) < 0.02 * len(left)
 
     def test_a_threshold_promises_nothing(self):
         early = EarlyExits(OPEN, [(EASY,)])
         limits = early.limits(Wish(threshold=1.0))
         assert limits is not None
         for _ in range(500):
-            early.checked(Left(0, limits.agreement), agreed=False)
+            early.checked(Left(0, limits.accuracy), agreed=False)
         assert early.promise.correction == 1.0
         assert early.counts["checked_tokens"] == 500
         assert early.counts["agreed_tokens"] == 0
@@ -198,6 +224,9 @@ def test_checks_come_at_their_rate():
     early = EarlyExits(EarlyExitConfig("heads", (1,), 4, "entropy", lowest_accuracy=0.8, check_rate=0.05), [(EASY,)])
     assert sum(early.checks() for _ in range(1000)) == pytest.approx(50, abs=1)
     assert not any(EarlyExits(OPEN, [(EASY,)]).checks() for _ in range(1000))
+    for _ in range(100):
+        early.checked(Left(0, 0.9), agreed=False)
+    assert all(early.checks() for _ in range(100)), "a promise that is not kept is watched"
 
 
 def test_tokens_are_final_only_in_the_draft_in_which_they_left():

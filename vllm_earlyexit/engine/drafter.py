@@ -126,7 +126,7 @@ def _left(
     for row in rows[keep & final].tolist():
         limits = leaving.limits[row]
         assert limits is not None
-        found[row] = Left(cut, limits.agreement)
+        found[row] = Left(cut, limits.accuracy)
     return found
 
 

@@ -24,6 +24,8 @@ from vllm_earlyexit.heads.checkpoint import PositionCalibration
 MODE, ACCURACY, THRESHOLD = "self_exit_mode", "early_exit_accuracy", "early_exit_threshold"
 PREFIXES = ("self_exit", "early_exit")
 NEVER = -math.inf
+DOUBT = 1.5
+"""Errors over calibrated errors from which on all are checked."""
 MOST_LIMITS = 256
 """Kept in memory; requests may ask for any number of thresholds."""
 
@@ -95,11 +97,11 @@ class Limits:
 
     Attributes:
         entropy: For each exit and draft position; the last position's counts for those behind it.
-        agreement: Rate at which these tokens agree with the full model by calibration; None if nobody asked for one.
+        accuracy: Rate at which these tokens shall agree with the full model; None if nobody asked for one.
     """
 
     entropy: tuple[tuple[float, ...], ...]
-    agreement: float | None = None
+    accuracy: float | None = None
 
     def at(self, cut: int, position: int) -> float:
         """Return the limit of an exit at a draft position."""
@@ -108,35 +110,37 @@ class Limits:
 
 
 class Promise:
-    """Whether tokens that left agree with the full model as often as calibration promised.
+    """Whether tokens that left agree with the full model as often as was promised.
 
-    Where they err more often, calibrated error rates are multiplied by as much, so that fewer tokens leave.
+    Calibrated error rates are multiplied by a correction, whose logarithm rises with every error and falls a little
+    with every token that agreed, so that it comes to rest where errors are as frequent as promised, however wrong
+    calibration is (adaptive conformal inference, Gibbs and Candes 2021). It is never below 1.
     """
 
-    PRIOR = 10.0
-    """Errors that calibration is worth."""
-    MEMORY = 0.999
+    RATE = 0.1
+    """By which an error moves the logarithm."""
+    IDLE, MEMORY = 1000, 0.999
+    """Times in a row that a request got tokens of which none had left, and what then remains of the logarithm."""
     STEP = 1.1
     """The correction is rounded to a power of this, so that thresholds change seldom."""
 
     def __init__(self) -> None:
-        self._expected = self._seen = 0.0
+        self._logarithm, self._idle = 0.0, 0
 
     @property
     def correction(self) -> float:
-        """Errors over expected errors, never below 1."""
-        ratio = (self._seen + self.PRIOR) / (self._expected + self.PRIOR)
-        return self.STEP ** max(0, round(math.log(ratio, self.STEP)))
+        """Errors over calibrated errors, as far as is known."""
+        return self.STEP ** round(self._logarithm / math.log(self.STEP))
 
-    def learn(self, agreement: float, agreed: bool) -> None:
-        """Take note of a token that left with others that agree at this rate by calibration."""
-        self._expected = self.MEMORY * self._expected + 1 - agreement
-        self._seen = self.MEMORY * self._seen + (not agreed)
+    def learn(self, accuracy: float, agreed: bool) -> None:
+        """Take note of a token that left and was promised to agree at this rate."""
+        self._logarithm = max(0.0, self._logarithm + self.RATE * (accuracy - agreed))
 
-    def forget(self) -> None:
-        """Move a little back to calibration; called when nothing leaves, so that it is tried again."""
-        self._expected *= self.MEMORY
-        self._seen *= self.MEMORY
+    def emitted(self, left: bool) -> None:
+        """Take note of whether of the tokens that a request has got some had left; if none do, it is tried again."""
+        self._idle = 0 if left else self._idle + 1
+        if self._idle > self.IDLE:
+            self._logarithm *= self.MEMORY
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,11 @@ class Left:
 
     Attributes:
         cut: At which exit.
-        agreement: Of ``Limits``.
+        accuracy: Of ``Limits``.
     """
 
     cut: int
-    agreement: float | None
+    accuracy: float | None
 
 
 class EarlyExits:
@@ -186,11 +190,14 @@ class EarlyExits:
         agreement = 1 - (1 - lowest) / correction
         most = math.inf if wish.threshold is None else wish.threshold
         limits = tuple(tuple(min(most, at.threshold(agreement)) for at in exit_) for exit_ in self._positions)
-        return Limits(limits, None if wish.accuracy is None else agreement)
+        return Limits(limits, wish.accuracy)
 
     def checks(self) -> bool:
-        """Say whether to check the tokens of a sequence that are about to be filled in, at the operator's rate."""
-        self._due += self._config.check_rate
+        """Say whether to check the tokens of a sequence that are about to be filled in.
+
+        At the operator's rate; all of them while they are seen to agree far less often than calibration says.
+        """
+        self._due += self._config.check_rate if self.promise.correction < DOUBT else 1
         if self._due < 1:
             return False
         self._due -= 1
@@ -198,8 +205,8 @@ class EarlyExits:
 
     def checked(self, token: Left, agreed: bool) -> None:
         """Take note of whether the full model agrees with a token that left."""
-        if token.agreement is not None:
-            self.promise.learn(token.agreement, agreed)
+        if token.accuracy is not None:
+            self.promise.learn(token.accuracy, agreed)
         self._count(CHECKED_TOKENS, 1)
         self._count(AGREED_TOKENS, int(agreed))
 
@@ -210,8 +217,7 @@ class EarlyExits:
             self._count(EARLY_TOKENS, count, exit_layer=str(layer))
             self.counts[f"{EARLY_TOKENS}_{layer}"] += count
         self._count(FULL_DEPTH_TOKENS, others)
-        if not left:
-            self.promise.forget()
+        self.promise.emitted(bool(left))
 
     def _count(self, name: str, count: int, **labels: str) -> None:
         self.counts[name] += count

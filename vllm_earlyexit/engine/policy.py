@@ -407,9 +407,9 @@ class AutoPolicy:
     follows the rate that drafting reaches (Dinkelbach's method for a ratio of expectations).
 
     What vLLM does around the model, and what a draft step costs beside its parts, is learned from the time between
-    rounds: the former in rounds without a draft, of which there is one now and then for this purpose, and one at once. Times that were
-    measured on a busy machine may still mislead, so the rates that rounds with and without drafts really reach are
-    compared for every batch size; where drafting turns out slower it stops, but for a try now and then.
+    rounds: the former in rounds without a draft, of which there is one at once and then now and then for this purpose.
+    Times that were measured on a busy machine may still mislead, so the rates that rounds with and without drafts
+    really reach are compared for every batch size; where drafting turns out slower it stops, but for tries.
 
     Each round drafts from the exit at which asking is worth most. A token that is not kept is taken on to the next exit
     if the calibrated acceptance there, of tokens that were so unsure here, is worth the layers between, its head, and
