@@ -44,7 +44,7 @@ def quality_against_speed(records: list[dict[str, Any]], path: Path) -> None:
             continue
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for record in own:
-            name = ":".join(record["config"].split(":")[: 2 if record["config"].startswith("early") else 1])
+            name = ":".join(record["config"].split(":")[: 2 if record["config"].startswith(("early", "oracle")) else 1])
             point = (record["tokens_per_s"] / plain, record["score"], record["standard_error"])
             lines.setdefault(name, []).append(point)
         for name, points in lines.items():
