@@ -222,6 +222,9 @@ class TestPromise:
 
 def test_checks_come_at_their_rate():
     early = EarlyExits(EarlyExitConfig("heads", (1,), 4, "entropy", lowest_accuracy=0.8, check_rate=0.05), [(EASY,)])
+    for _ in range(200):
+        assert early.checks(), "trust has to be earned"
+        early.checked(Left(0, 0.9), agreed=True)
     assert sum(early.checks() for _ in range(1000)) == pytest.approx(50, abs=1)
     assert not any(EarlyExits(OPEN, [(EASY,)]).checks() for _ in range(1000))
     for _ in range(100):

@@ -26,6 +26,8 @@ PREFIXES = ("self_exit", "early_exit")
 NEVER = -math.inf
 DOUBT = 1.5
 """Errors over calibrated errors from which on all are checked."""
+TRUST = 200
+"""Early tokens that are all checked before the operator's rate counts."""
 MOST_LIMITS = 256
 """Kept in memory; requests may ask for any number of thresholds."""
 
@@ -195,9 +197,11 @@ class EarlyExits:
     def checks(self) -> bool:
         """Say whether to check the tokens of a sequence that are about to be filled in.
 
-        At the operator's rate; all of them while they are seen to agree far less often than calibration says.
+        At the operator's rate; all of them at first, and while they are seen to agree far less often than calibration
+        says. None at a rate of 0.
         """
-        self._due += self._config.check_rate if self.promise.correction < DOUBT else 1
+        rate, doubted = self._config.check_rate, self.promise.correction >= DOUBT
+        self._due += 1 if rate and (doubted or self.counts[CHECKED_TOKENS] < TRUST) else rate
         if self._due < 1:
             return False
         self._due -= 1
