@@ -16,11 +16,21 @@ from tests.engine.heads import ladder_heads
 from tests.engine.reference import Reference, answer
 
 
+def clean_up() -> None:
+    """Forget what an engine that was shut down, and that nobody refers to any more, has left in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_earlyexit.engine import seams
+
+    seams.remove("engine")
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 @contextmanager
 def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     """An in-process vLLM engine, float32 and eager unless told otherwise; all its state is gone afterwards."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_earlyexit.engine import seams
 
@@ -34,9 +44,7 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        seams.remove("engine")
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
 
 
 def runner_of(llm: Any) -> Any:

@@ -1,6 +1,5 @@
 """Configurations of the benchmarks that vLLM has no option for: a static depth, and exits that know the answer."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +8,13 @@ import pytest
 import torch
 
 from benchmarks.engines import Setup, VLLMEngine, finished
+from tests.engine.conftest import clean_up
 from tests.engine.tiny import add_tokenizer, tiny_model
-from vllm_earlyexit.engine import seams
 
 
 @contextmanager
 def benchmarked(config: str, model: Path) -> Iterator[VLLMEngine]:
     """The engine of a configuration, float32 and eager; gone afterwards."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     setup = Setup(str(model), None, "float32", False, max_tokens=32, max_num_seqs=4, max_model_len=512)
     engine = VLLMEngine(config, setup)
     try:
@@ -25,9 +22,7 @@ def benchmarked(config: str, model: Path) -> Iterator[VLLMEngine]:
     finally:
         engine._llm.llm_engine.engine_core.shutdown()
         del engine
-        seams.remove("engine")
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
