@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from unittest.mock import patch
 
 from benchmarks.oracle import PLAIN, Oracle
-from vllm_earlyexit.engine.early_exit import ACCURACY
+from vllm_earlyexit.engine.early_exit import ACCURACY, EarlyExits
 from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
@@ -47,7 +47,7 @@ class Run:
     split: dict[str, float] = field(default_factory=dict)
     predicted: float = 0.0
     measured: float = 0.0
-    early: dict[str, int] = field(default_factory=dict)
+    early: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -292,8 +292,9 @@ class VLLMEngine:
         proposer.propose = limited
 
     def ask(self, extra_args: dict[str, Any]) -> None:
-        """Ask for this with every request from now on."""
-        self._asked = extra_args
+        """Ask for this with every request from now on; what was learned about early exits is forgotten."""
+        self._asked, drafter = extra_args, drafter_of(self._llm)
+        drafter.early = EarlyExits(drafter.early._config, drafter.early._positions)
 
     def text(self, tokens: list[int]) -> str:
         """Return generated tokens as text."""
@@ -320,7 +321,7 @@ class VLLMEngine:
             count += len(said)
         return sum(means) / len(means), first / count
 
-    def early_counts(self) -> dict[str, int]:
+    def early_counts(self) -> dict[str, float]:
         """Return what early exits have counted so far; empty if there are none."""
         drafter = drafter_of(self._llm)
         return dict(drafter.early.counts) if hasattr(drafter, "early") else {}

@@ -175,9 +175,10 @@ def record(
 
 
 def early_exits(run: Run, setup: Setup) -> dict[str, float] | None:
-    """Return shares of tokens that left early and, of these, agreed; and the mean layer that decided a token.
+    """Return shares of tokens that left early and, of these, agreed and were promised to, and what else is known.
 
-    None if nothing may leave.
+    That is how many left though their requests wanted more of the head, and the mean layer that decided a token. None
+    if nothing may leave.
     """
     counts = run.early
     decided = counts.get("early_tokens", 0) + counts.get("full_depth_tokens", 0)
@@ -188,9 +189,14 @@ def early_exits(run: Run, setup: Setup) -> dict[str, float] | None:
         int(name.rpartition("_")[2]): n for name, n in counts.items() if re.fullmatch(r"early_tokens_\d+", name)
     }
     depth = sum(layer * n for layer, n in by_layer.items()) + layers * counts.get("full_depth_tokens", 0)
-    found = {"early": round(counts.get("early_tokens", 0) / decided, 4), "mean_exit_depth": round(depth / decided, 2)}
+    found = {
+        "early": round(counts.get("early_tokens", 0) / decided, 4),
+        "involuntary": counts.get("involuntary_early_tokens", 0),
+        "mean_exit_depth": round(depth / decided, 2),
+    }
     if counts.get("checked_tokens"):
         found["agreement"] = round(counts["agreed_tokens"] / counts["checked_tokens"], 4)
+        found["promised"] = round(counts["promised_tokens"] / counts["checked_tokens"], 4)
     return found
 
 

@@ -142,7 +142,10 @@ def early_exits_are_for_who_asks(server: Server, client: OpenAI, asked: list[str
     assert 2 < said["mean_exit_depth"] < 30
     assert mixed[1::2] != whole[1::2]
     early = server.metric("vllm:self_exit_early_tokens_total", 'exit_layer="2"')
-    assert early >= server.metric("vllm:self_exit_checked_tokens_total") > 10
+    checked = server.metric("vllm:self_exit_checked_tokens_total")
+    assert early >= checked > 10
+    assert server.metric("vllm:self_exit_promised_tokens_total") == pytest.approx(0.6 * checked)
+    assert server.metric("vllm:self_exit_involuntary_early_tokens_total") == 0
     assert server.metric("vllm:self_exit_agreed_tokens_total") > 5
     assert server.metric("vllm:self_exit_full_depth_tokens_total") > 10
     with pytest.raises(BadRequestError, match=r"must be at least 0\.6 here"):

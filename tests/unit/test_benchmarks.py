@@ -68,8 +68,11 @@ def test_the_oracle_lets_leave_what_plain_decoding_says_as_well():
 def test_early_exits_are_reported_with_the_mean_layer_that_decided(tmp_path: Path):
     setup = Setup(str(make_model(tmp_path / "model")), None, "bfloat16", True, 8, 4, 64)
     early = {"early_tokens": 30, "early_tokens_1": 20, "early_tokens_2": 10, "full_depth_tokens": 10}
-    found = early_exits(Run(1.0, [], early=early | {"checked_tokens": 8, "agreed_tokens": 6}), setup)
-    assert found == {"early": 0.75, "mean_exit_depth": (20 * 1 + 10 * 2 + 10 * LAYERS) / 40, "agreement": 0.75}
+    checked = {"checked_tokens": 8, "agreed_tokens": 6, "promised_tokens": 7.2}
+    found = early_exits(Run(1.0, [], early=early | checked | {"involuntary_early_tokens": 3}), setup)
+    depth = (20 * 1 + 10 * 2 + 10 * LAYERS) / 40
+    told = {"early": 0.75, "involuntary": 3, "mean_exit_depth": depth, "agreement": 0.75, "promised": 0.9}
+    assert found == told
     assert early_exits(Run(1.0, []), setup) is None
 
 

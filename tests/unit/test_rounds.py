@@ -183,6 +183,7 @@ def test_the_log_says_what_is_compiled_and_what_runs_in_graphs():
     assert how_it_runs(on_cpu).endswith("run eager; nothing runs in CUDA graphs")
     on_gpu = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
     assert "compiled, outside CUDA graphs" in how_it_runs(on_gpu)
+    assert "compiled, in PIECEWISE CUDA graphs" in how_it_runs(on_gpu, replays=True)
     assert "FULL_AND_PIECEWISE" in how_it_runs(on_gpu)
 
 

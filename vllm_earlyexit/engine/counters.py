@@ -16,13 +16,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 PREFIX = "vllm:self_exit_"
 SILENT_TOKENS = "silent_tokens"
 EARLY_TOKENS, FULL_DEPTH_TOKENS = "early_tokens", "full_depth_tokens"
-CHECKED_TOKENS, AGREED_TOKENS = "checked_tokens", "agreed_tokens"
+INVOLUNTARY_TOKENS = "involuntary_early_tokens"
+CHECKED_TOKENS, AGREED_TOKENS, PROMISED_TOKENS = "checked_tokens", "agreed_tokens", "promised_tokens"
 MEANING = {
     SILENT_TOKENS: "Tokens about which exit heads said nothing, because their logits were not numbers.",
     EARLY_TOKENS: "Tokens that left early, by exit.",
     FULL_DEPTH_TOKENS: "Other tokens of requests that may exit early.",
     CHECKED_TOKENS: "Tokens that left early and were compared with the full model's choice.",
     AGREED_TOKENS: "Those of them that are the full model's choice.",
+    PROMISED_TOKENS: "How many of them were promised to be, by the accuracies that were asked for.",
+    INVOLUNTARY_TOKENS: "Tokens that left early though the head was less sure of them than their request asks for.",
 }
 BY_EXIT = frozenset({EARLY_TOKENS})
 VLLM_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set where vLLM, or its user, has such a folder already
@@ -55,7 +58,7 @@ class Counters:
         for name in MEANING.keys() - BY_EXIT:
             self.add(name, 0)
 
-    def add(self, name: str, count: int, **labels: str) -> None:
+    def add(self, name: str, count: float, **labels: str) -> None:
         """Count some more of what ``MEANING`` names; of what is ``BY_EXIT`` with a label ``exit_layer``."""
         if self._file is not None:
             key = mmap_key(PREFIX + name, f"{PREFIX}{name}_total", [*labels], [*labels.values()], MEANING[name])

@@ -23,6 +23,7 @@ from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.engine.models import Segment, residual_stream, run_segments
 from vllm_earlyexit.engine.policy import Decision, Policy, RowLimits, build_policy
 from vllm_earlyexit.engine.ranks import agreed
+from vllm_earlyexit.engine.sizes import Passes
 from vllm_earlyexit.heads.checkpoint import load_heads
 
 logger = init_logger("vllm.earlyexit")
@@ -117,16 +118,22 @@ class Exit:
 
 
 def _left(
-    rows: torch.Tensor, cut: int, keep: torch.Tensor, final: torch.Tensor | None, leaving: Leaving | None
+    rows: torch.Tensor,
+    asked: Asked,
+    cut: int,
+    position: int,
+    keep: torch.Tensor,
+    final: torch.Tensor | None,
+    leaving: Leaving | None,
 ) -> dict[int, Left]:
     """Return which of some sequences' tokens leave."""
     if leaving is None or final is None:
         return {}
-    found = {}
-    for row in rows[keep & final].tolist():
+    found, gone = {}, keep & final
+    for row, entropy in zip(rows[gone].tolist(), asked.entropy[gone].tolist(), strict=True):
         limits = leaving.limits[row]
         assert limits is not None
-        found[row] = Left(cut, limits.accuracy)
+        found[row] = Left(cut, limits.accuracy, sure=entropy <= limits.at(cut, position))
     return found
 
 
@@ -141,6 +148,7 @@ class SelfExitDrafter:
 
     def __init__(self, model: Any, config: EarlyExitConfig, vllm_config: VllmConfig):
         self._model = model
+        self.passes: Passes = model.passes
         segments = model.cut(config.exit_layers)
         if config.heads is None:
             heads: list[Head] = [SharedExit(model)]
@@ -234,7 +242,7 @@ class SelfExitDrafter:
             frontier.keep(at_cut.tensors, cut)
             asked, final = self._leave(step.rows, asked, cut, position, frontier, leaving)
             tokens, decision = self._decide(step.rows, asked, cut, final)
-            left |= _left(step.rows, cut, decision.keep, final, leaving)
+            left |= _left(step.rows, asked, cut, position, decision.keep, final, leaving)
             features, keep = asked.features, decision.keep
             unsure = None
             while decision.deeper is not None and bool(decision.deeper.any()):
@@ -244,7 +252,7 @@ class SelfExitDrafter:
                 cut += 1
                 asked, final = self._leave(step.rows[unsure], asked, cut, position, frontier, leaving)
                 instead, decision = self._decide(step.rows[unsure], asked, cut, final)
-                left |= _left(step.rows[unsure], cut, decision.keep, final, leaving)
+                left |= _left(step.rows[unsure], asked, cut, position, decision.keep, final, leaving)
                 features = features.index_copy(0, unsure, asked.features)
                 tokens = tokens.index_copy(0, unsure, instead)
                 keep = keep.index_copy(0, unsure, decision.keep)

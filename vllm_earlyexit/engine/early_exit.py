@@ -5,7 +5,7 @@ model does not get to reject it.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from vllm_earlyexit.engine.counters import (
     CHECKED_TOKENS,
     EARLY_TOKENS,
     FULL_DEPTH_TOKENS,
+    INVOLUNTARY_TOKENS,
+    PROMISED_TOKENS,
     Counters,
 )
 from vllm_earlyexit.errors import EarlyExitError
@@ -152,10 +154,12 @@ class Left:
     Attributes:
         cut: At which exit.
         accuracy: Of ``Limits``.
+        sure: Whether the head was as sure of it as its request asks for.
     """
 
     cut: int
     accuracy: float | None
+    sure: bool = True
 
 
 class EarlyExits:
@@ -172,7 +176,7 @@ class EarlyExits:
         self._known: dict[tuple[Wish, float], Limits] = {}
         self._due = 0.0
         self.promise = Promise()
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, float] = defaultdict(float)
         """As on the metrics page; tokens that left also by layer."""
 
     def limits(self, wish: Wish) -> Limits | None:
@@ -211,6 +215,7 @@ class EarlyExits:
         """Take note of whether the full model agrees with a token that left."""
         if token.accuracy is not None:
             self.promise.learn(token.accuracy, agreed)
+            self._count(PROMISED_TOKENS, token.accuracy)
         self._count(CHECKED_TOKENS, 1)
         self._count(AGREED_TOKENS, int(agreed))
 
@@ -220,9 +225,10 @@ class EarlyExits:
             layer = self._config.exit_layers[cut]
             self._count(EARLY_TOKENS, count, exit_layer=str(layer))
             self.counts[f"{EARLY_TOKENS}_{layer}"] += count
+        self._count(INVOLUNTARY_TOKENS, sum(not token.sure for token in left))
         self._count(FULL_DEPTH_TOKENS, others)
         self.promise.emitted(bool(left))
 
-    def _count(self, name: str, count: int, **labels: str) -> None:
+    def _count(self, name: str, count: float, **labels: str) -> None:
         self.counts[name] += count
         self._counters.add(name, count, **labels)

@@ -1,6 +1,7 @@
 """Exit heads as the engine runs them: from hidden states at a cut to a token and how sure the head is of it."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from vllm_earlyexit.engine.models import decoder_stack, query_key_value
 from vllm_earlyexit.engine.ranks import gathered, own_part, rows_of
+from vllm_earlyexit.engine.sizes import Passes
 from vllm_earlyexit.heads.checkpoint import as_int8
 from vllm_earlyexit.heads.modules import Context
 from vllm_earlyexit.heads.uncertainty import entropy
@@ -172,12 +174,18 @@ class CompiledExit:
         forward.__qualname__ = f"{name}.forward"
         own: Any = type(name, (TrainedExit,), {"forward": forward, "__module__": __name__})
         self._vocab, self._vocab_size = vocab, vllm_config.model_config.get_vocab_size()
+        self._passes: Passes = model.passes
         with set_current_vllm_config(vllm_config), set_model_tag(f"exit_head_{layer}"):
             self.exit = own(vllm_config=vllm_config, model=model, module=module, vocab=vocab)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor) -> Asked:
         """Ask the head; see ``Head``."""
-        return Asked(*self.exit(hidden, positions, previous))
+        given = {"hidden": hidden, "positions": positions, "previous": previous}
+
+        def ask(inputs: Mapping[str, torch.Tensor]) -> Asked:
+            return Asked(*self.exit(inputs["hidden"], inputs["positions"], inputs["previous"]))
+
+        return self._passes.run(ask, given, pads=False)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """See ``Head``."""

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -14,8 +14,8 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.sequence import IntermediateTensors
 
-from vllm_earlyexit.engine import sizes
 from vllm_earlyexit.engine.seams import pipeline_stage
+from vllm_earlyexit.engine.sizes import Passes, with_rows
 from vllm_earlyexit.errors import EarlyExitError
 
 PREFIX = "Exit"
@@ -46,11 +46,11 @@ class Segment:
     the model with another range, run while the pipeline group answers for that range.
     """
 
-    def __init__(self, model: nn.Module, start: int, end: int):
+    def __init__(self, model: nn.Module, start: int, end: int, passes: Passes):
         self.start, self.end = start, end
         name, inner = decoder_stack(model)
         self._first, self._last = start == 0, end == len(inner.layers)
-        self.pads = sizes.applies(inner.vllm_config)
+        self._passes = passes
         stage = copy.copy(inner)
         stage.start_layer, stage.end_layer = start, end
         if not inner.do_not_compile:
@@ -72,37 +72,20 @@ class Segment:
             What a pipeline stage returns: ``IntermediateTensors`` at a cut, [num_tokens, hidden_size] hidden states
             after the final norm at the top.
         """
-        count = positions.shape[-1]
-        more = self.more(count)
-        if more == 0:
-            return self._run(input_ids, positions, intermediate, inputs_embeds)
-        if intermediate is not None:
-            tensors = intermediate.tensors.items()
-            intermediate = IntermediateTensors({name: sizes.with_rows(table, more) for name, table in tensors})
-        with sizes.more_tokens(more):
-            padded = self._run(
-                None if input_ids is None else sizes.with_rows(input_ids, more),
-                sizes.with_rows(positions, more),
-                intermediate,
-                None if inputs_embeds is None else sizes.with_rows(inputs_embeds, more),
-            )
-        if isinstance(padded, torch.Tensor):
-            return padded[:count]
-        return IntermediateTensors({name: table[:count] for name, table in padded.tensors.items()})
+        tokens = {"positions": positions, "input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        at_cut = {} if intermediate is None else intermediate.tensors
 
-    def more(self, count: int) -> int:
-        """Return how many tokens to add to so many; see ``sizes``. None in a graph, whose numbers are symbols."""
-        return sizes.padded_size(count) - count if self.pads and not torch.compiler.is_compiling() else 0
+        def run(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+            state = IntermediateTensors({name: inputs[name] for name in at_cut}) if at_cut else None
+            with pipeline_stage(first=self._first, last=self._last):
+                found = self._model.forward(
+                    inputs.get("input_ids"), inputs["positions"], state, inputs.get("inputs_embeds")
+                )
+            return found if isinstance(found, torch.Tensor) else found.tensors
 
-    def _run(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate: IntermediateTensors | None,
-        inputs_embeds: torch.Tensor | None,
-    ) -> IntermediateTensors | torch.Tensor:
-        with pipeline_stage(first=self._first, last=self._last):
-            return self._model.forward(input_ids, positions, intermediate, inputs_embeds)
+        given = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+        found = self._passes.run(run, given | at_cut)
+        return found if isinstance(found, torch.Tensor) else IntermediateTensors(found)
 
 
 def _give_own_graph(stage: Any) -> None:
@@ -185,13 +168,18 @@ class ExitMixin:
     """Run instead of the segments where it returns something: from a batch's token ids and positions to final hidden
     states, [num_tokens, hidden_size]."""
 
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """What runs passes of this model's segments."""
+        return Passes(decoder_stack(self)[1].vllm_config)  # type: ignore[arg-type]
+
     def segments(self, cuts: Sequence[int]) -> list[Segment]:
         """Return the segments between the bottom, each of ``cuts`` and the top."""
         top = len(decoder_stack(self)[1].layers)  # type: ignore[arg-type]
         edges = [0, *cuts, top]
         if any(low >= high for low, high in pairwise(edges)):
             raise EarlyExitError(f"self-exit: cuts {list(cuts)} must rise within 1 to {top - 1}")
-        return [Segment(self, low, high) for low, high in pairwise(edges)]  # type: ignore[arg-type]
+        return [Segment(self, low, high, self.passes) for low, high in pairwise(edges)]  # type: ignore[arg-type]
 
     def cut(self, cuts: Sequence[int]) -> list[Segment]:
         """Run the model as these segments, one after the other, from now on; return them.
@@ -221,10 +209,10 @@ class ExitMixin:
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the model's logits, [n, vocab_size], of hidden states after the final norm, [n, hidden_size]."""
         count = len(hidden_states)
-        more = self._segments[0].more(count) if self._segments else 0
+        more = self.passes.more(count) if self._segments else 0
         if more == 0:
             return super().compute_logits(hidden_states)  # type: ignore[misc]
-        padded = super().compute_logits(sizes.with_rows(hidden_states, more))  # type: ignore[misc]
+        padded = super().compute_logits(with_rows(hidden_states, more))  # type: ignore[misc]
         return None if padded is None else padded[:count]
 
     def at_cut(self, layer: int, state: IntermediateTensors) -> None:

@@ -191,22 +191,17 @@ class SelfExit:
         """Take the loaded target model; drafting shares its weights."""
         self.drafter = SelfExitDrafter(target_model, self.config, self.vllm_config)
         logger.info("self-exit speculation on Model Runner %s with %s", self.runner_name, self.config)
-        logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config))
 
     @torch.inference_mode()
     def measure_on(self, runner: Runner) -> None:
         """Compile the heads, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
         scheduler = self.vllm_config.scheduler_config
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
-        position = min(MEASURED_POSITION, self.max_model_len - 2)
-        any_blocks = runner.blocks(torch.zeros(1, dtype=torch.int64, device=runner.device))
+        logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config, self.drafter.passes.replays))
 
         def run(n: int) -> list[float]:
-            ids = torch.zeros(n, dtype=torch.int32, device=runner.device)
-            blocks = {group: torch.zeros_like(table).expand(n, -1) for group, table in any_blocks.items()}
-            at = torch.full((n,), position)
-            with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, None, at) as positions:
-                return self.drafter.timed(ids, positions)
+            with self.made_up(runner, n) as positions:
+                return self.drafter.timed(torch.zeros(n, dtype=torch.int32, device=runner.device), positions)
 
         run(2)  # compiles the heads, for any number of tokens
         policy = self.drafter.policy
@@ -219,6 +214,22 @@ class SelfExit:
 
         if isinstance(policy, AutoPolicy):
             run_by_first(take_times, run)
+
+    @contextmanager
+    def made_up(self, runner: Runner, n: int) -> Iterator[torch.Tensor]:
+        """A forward context of n tokens of no request, whose KV goes to vLLM's null block; yields their positions.
+
+        They are spread over as many sequences as there may be.
+        """
+        any_blocks = runner.blocks(torch.zeros(1, dtype=torch.int64, device=runner.device))
+        num_seqs = min(n, self.vllm_config.scheduler_config.max_num_seqs)
+        counts = torch.full((num_seqs,), n // num_seqs)
+        counts[: n % num_seqs] += 1
+        last = max(min(MEASURED_POSITION, self.max_model_len - 2), int(counts.max()) - 1)
+        at = torch.cat([torch.arange(last - count + 1, last + 1) for count in counts.tolist()])
+        blocks = {group: torch.zeros_like(table).expand(num_seqs, -1) for group, table in any_blocks.items()}
+        with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, counts, at) as positions:
+            yield positions
 
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""
@@ -469,16 +480,23 @@ class SelfExit:
                 metadata |= dict.fromkeys(group.layer_names, built)
                 slots |= dict.fromkeys(group.layer_names, slot_mapping)
         with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
+            self.drafter.passes.drafting()
             yield positions
 
 
-def how_it_runs(config: CompilationConfig) -> str:
-    """Return a sentence on which parts of serving are compiled, and which run in CUDA graphs."""
+def how_it_runs(config: CompilationConfig, replays: bool = False) -> str:
+    """Return a sentence on which parts of serving are compiled, and which run in CUDA graphs.
+
+    Args:
+        config: vLLM's.
+        replays: Whether drafting replays graphs.
+    """
     compiled = "eager" if config.mode in (None, CompilationMode.NONE) else "compiled"
     ours = f"draft steps and resumed verification run {compiled}"
     if config.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return f"{ours}; nothing runs in CUDA graphs"
-    return f"{ours}, outside CUDA graphs; vLLM's own steps run in {config.cudagraph_mode.name} graphs"
+    where = "in PIECEWISE CUDA graphs" if replays else "outside CUDA graphs"
+    return f"{ours}, {where}; vLLM's own steps run in {config.cudagraph_mode.name} graphs; fill-in runs outside"
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import pad
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
@@ -80,6 +83,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
                 "set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         super().__init__(vllm_config)
+        self.graphs: CudaGraphManager | None = None
         self._requests: dict[str, Request] = {}
         self._batch: InputBatch | None = None
         self._drafts: dict[str, list[int]] = {}
@@ -103,10 +107,41 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Do nothing: draft steps run outside CUDA graphs."""
+        """Prepare to capture piecewise graphs of heads, where vLLM captures those of the model, segment by segment.
+
+        Drafts that are verified have lengths of their own, and are resumed; no graph of a whole step could do that.
+        """
+        self.graphs = None
+        if cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE and not is_breakable_cudagraph_enabled():
+            device = self._runner.device
+            self.graphs = CudaGraphManager(self.vllm_config, device, CUDAGraphMode.PIECEWISE, decode_query_len=1)
 
     def capture(self) -> None:
-        """Do nothing, see above."""
+        """Capture graphs of heads; from then on draft steps and resumed verification replay these and the model's."""
+        if self.graphs is None:
+            return
+        shape = self.vllm_config.model_config.get_hidden_size()
+        like = {"dtype": self.vllm_config.model_config.dtype, "device": self._runner.device}
+
+        def passes(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            def run(mode: CUDAGraphMode) -> None:
+                hidden = torch.zeros(desc.num_tokens, shape, **like)
+                with self.made_up(RunnerV2(self._runner), desc.num_tokens) as positions:
+                    context = get_forward_context()
+                    context.cudagraph_runtime_mode = mode
+                    context.batch_descriptor = BatchDescriptor(num_tokens=desc.num_tokens)
+                    for drafted_from in self.drafter.exits:
+                        drafted_from.head(hidden, positions, hidden.clone())
+
+            return run
+
+        self.graphs.capture(passes, "Capturing CUDA graphs of exit heads")
+        self.drafter.passes.replay(self._captured_size)
+
+    def _captured_size(self, count: int) -> int | None:
+        """Return the size of the captured graphs that so many tokens run in; None if there are none."""
+        found = self._runner.cudagraph_manager.dispatch(count, count, None, num_active_loras=0)
+        return found.num_tokens if found.cg_mode == CUDAGraphMode.PIECEWISE else None
 
     def measure(self, runner: Any) -> None:
         """See ``measure_on``."""

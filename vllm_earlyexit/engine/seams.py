@@ -370,6 +370,17 @@ def _speculate_on_v2(original: Callable) -> Callable:
     return init_speculator
 
 
+def _plain_steps_in_graphs_on_v2(original: Callable) -> Callable:
+    def ModelCudaGraphManager(
+        vllm_config: Any, device: Any, cudagraph_mode: Any, decode_query_len: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if uses_self_exit(vllm_config.speculative_config):
+            decode_query_len = 1
+        return original(vllm_config, device, cudagraph_mode, decode_query_len, *args, **kwargs)
+
+    return ModelCudaGraphManager
+
+
 def _attach_on_v2(original: Callable) -> Callable:
     def load_model(self: Any, load_dummy_weights: bool = False, *args: Any, model: Any = None, **kwargs: Any) -> None:
         original(self, load_dummy_weights, *args, model=model, **kwargs)
@@ -569,7 +580,7 @@ SEAMS = (
         stage="engine",
         why="Model Runner V2 has no proposers of a custom class, so vLLM would use V1, which it has deprecated.",
         how="Leaves them out of the list for self-exit without LoRA adapters; other reasons to fall back stay.",
-        upstream="A registry of V2 speculators would replace this one and the next three.",
+        upstream="A registry of V2 speculators would replace this one and the next four.",
         expects=("self",),
         wrap=_let_v2_serve,
     ),
@@ -581,6 +592,24 @@ SEAMS = (
         upstream="See above.",
         expects=("vllm_config", "device", "req_states"),
         wrap=_speculate_on_v2,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:ModelCudaGraphManager",
+        stage="engine",
+        why="With drafts, V2 captures graphs of whole decode steps for requests that all have drafts of full length. "
+        "Those could not be resumed, and steps without drafts would have none.",
+        how="Captures those of plain decoding, one token a request.",
+        upstream="A speculator that says which lengths are uniform would replace it.",
+        expects=(
+            "vllm_config",
+            "device",
+            "cudagraph_mode",
+            "decode_query_len",
+            "lora_capture_cases",
+            "varlen_decode",
+            "ubatch_runner",
+        ),
+        wrap=_plain_steps_in_graphs_on_v2,
     ),
     Seam(
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
