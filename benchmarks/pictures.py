@@ -34,23 +34,32 @@ def speed_against_concurrency(records: list[dict[str, Any]], path: Path) -> None
 
 
 def quality_against_speed(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw each configuration's score on each task over its speed beside plain decoding's; a line for each fill-in."""
-    tasks = [task for task in dict.fromkeys(r["task"] for r in records) if any(r["score"] is not None for r in records)]
+    """Draw each configuration's score on each task over its speed beside plain decoding's; a line for each fill-in.
+
+    Where nothing is solved, it is the share of tokens that are the full model's choice.
+    """
+    tasks = list(dict.fromkeys(record["task"] for record in records))
     figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        own = [record for record in records if record["task"] == task and record["score"] is not None]
+        own = [record for record in records if record["task"] == task]
+        solved = own[0]["score"] is not None
         plain = next((record["tokens_per_s"] for record in own if record["config"] == "ar"), None)
         if plain is None:
             continue
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for record in own:
             name = ":".join(record["config"].split(":")[: 2 if record["config"].startswith(("early", "oracle")) else 1])
-            point = (record["tokens_per_s"] / plain, record["score"], record["standard_error"])
+            score = record["score"] if solved else record["full_model_choice"]
+            point = (record["tokens_per_s"] / plain, score, record["standard_error"] or 0.0)
             lines.setdefault(name, []).append(point)
         for name, points in lines.items():
             speeds, scores, errors = zip(*sorted(points), strict=True)
             axes.errorbar(speeds, scores, errors, marker="o", capsize=3, label=name)
-        axes.set(title=task, xlabel="tokens per second / plain vLLM", ylabel="share solved")
+        axes.set(
+            title=task,
+            xlabel="tokens per second / plain vLLM",
+            ylabel="share solved" if solved else "share of tokens that the full model would choose",
+        )
         axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -214,7 +214,6 @@ def main() -> None:
                 outputs.setdefault(task.name, []).append(run.outputs)
                 records.append(record(setup, config, task, options.concurrency, run, task.scores(answers)))
         write(options.out, records)
-    quality_against_speed(records, options.out / "quality.png")
     if options.prompts:
         with own_process() as pool:
             likelihoods = pool.submit(judged, setup, tasks[-1].prompts, outputs["prompts"]).result()
@@ -222,6 +221,7 @@ def main() -> None:
         for item, (likelihood, agreement) in zip(texts, likelihoods, strict=True):
             item |= {"log_likelihood_per_token": round(likelihood, 4), "full_model_choice": round(agreement, 4)}
         write(options.out, records)
+    quality_against_speed(records, options.out / "quality.png")
 
 
 def record(setup: Setup, config: str, task: Task, concurrency: int, run: Run, scores: list[float]) -> dict[str, Any]:
