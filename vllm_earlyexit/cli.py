@@ -160,6 +160,7 @@ def train(
         console.print(f"{name} heads in {out}, held-out agreement per draft position:")
         for layer, agreed in heads.config.provenance["held_out_agreement"].items():
             console.print(f"  layer {layer}: " + ", ".join(f"{value:.1%}" for value in agreed))
+    console.print("Next, for the engine to know when to draft: vllm-earlyexit calibrate, with the same records")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections import UserDict
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,8 @@ from vllm_earlyexit.errors import EarlyExitError
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig, HeadsConfig, load_heads, read_config
 from vllm_earlyexit.heads.fingerprint import fingerprint, model_folder, text_config
 from vllm_earlyexit.plugin import METHOD
+
+logger = logging.getLogger("vllm.earlyexit")
 
 CONFIG_KEY = "self_exit"  # in VllmConfig.additional_config
 SPELLING = "[self-exit]"
@@ -318,6 +321,12 @@ def _resolve_trained(knobs: Knobs, heads: HeadsConfig, where: Path) -> EarlyExit
     calibrated = all(e.calibration is not None for e in exits)
     mapped = all(map(_mapped, exits))
     policy = knobs.policy or _default_policy(knobs, calibrated=calibrated, mapped=mapped)
+    if knobs.policy is None and not calibrated:
+        logger.warning(
+            "self-exit: the heads in %s are not calibrated, so all drafts are equally long, which may be slower than "
+            "plain decoding; run 'vllm-earlyexit calibrate'",
+            where,
+        )
     _check_one(layers, policy)
     length = best.num_speculative_tokens if best else DEFAULT_DRAFT_LENGTH
     length = AUTO_DRAFT_LENGTH if policy == "auto" else length

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import make_heads, make_model
+from vllm_earlyexit import config as config_module
 from vllm_earlyexit.config import CONFIG_KEY, AdditionalConfig, EarlyExitConfig, Knobs, knobs_from, resolve
 from vllm_earlyexit.errors import EarlyExitError
 
@@ -123,10 +124,16 @@ def test_a_stricter_accuracy_takes_the_next_calibrated_threshold(model: Path, he
         resolve(Knobs(model=str(heads), target_accuracy=0.99), str(model))
 
 
-def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path):
+def test_uncalibrated_heads_draft_a_fixed_length(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(config_module.logger, "warning", lambda text, *values: warnings.append(text % values))
     heads = make_heads(tmp_path / "raw", model, calibrated=False)
     config = resolve(Knobs(model=str(heads)), str(model))
     assert (config.policy, config.exit_layers, config.entropy_thresholds) == ("fixed", (1,), ())
+    assert len(warnings) == 1
+    assert "run 'vllm-earlyexit calibrate'" in warnings[0]
+    resolve(Knobs(model=str(heads), policy="fixed"), str(model))
+    assert len(warnings) == 1
     with pytest.raises(EarlyExitError, match="not calibrated"):
         resolve(Knobs(model=str(heads), policy="entropy"), str(model))
 
