@@ -58,7 +58,7 @@ def test_what_stands_for_graphs_reads_the_memory_that_it_was_captured_over(
     with engine(smollm2, speculative_config=setting_of(ladder, "fixed")) as llm:
         expected, counted = answer(llm, few[:1], 1), counters(llm)
     with engine(smollm2, speculative_config=setting_of(ladder, "fixed")) as llm, captured(runner_of(llm)):
-        monkeypatch.setattr(Passes, "_held", lambda self, inputs: inputs)
+        monkeypatch.setattr(Passes, "_held", lambda self, inputs, size: inputs)
         assert answer(llm, few[:1], 1) != expected or counters(llm) != counted
 
 

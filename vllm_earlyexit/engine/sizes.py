@@ -97,7 +97,7 @@ class Passes:
         if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
             whole = context.batch_descriptor
             if whole is not None and whole.num_tokens == count:
-                return run(self._held(inputs))
+                return run(self._held(inputs, count))
             return self._replayed(run, inputs, count)
         if pads and (more := self.more(count)):
             with as_many(count, count + more):
@@ -112,19 +112,16 @@ class Passes:
                 context.cudagraph_runtime_mode, context.batch_descriptor = CUDAGraphMode.NONE, None
                 return run(inputs)
             context.batch_descriptor = BatchDescriptor(num_tokens=size)
-            self._held(inputs)
-            outputs = run({name: self._memory[name][:size] for name in inputs})
+            outputs = run(self._held(inputs, size))
         return tree_map(torch.clone, first_rows(outputs, count))  # the next replay overwrites them
 
-    def _held(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Return inputs in the memory that graphs read, behind which there is what passes before have left."""
-        held = {}
+    def _held(self, inputs: Tensors, size: int) -> dict[str, torch.Tensor]:
+        """Return [size, ...] of the memory that graphs read: inputs, and behind them what passes before have left."""
         for name, tensor in inputs.items():
-            if name not in self._memory or len(self._memory[name]) < len(tensor):
-                rows = max(self._largest, len(tensor))
-                self._memory[name] = tensor.new_zeros(rows, *tensor.shape[1:])
-            held[name] = self._memory[name][: len(tensor)].copy_(tensor)
-        return held
+            if name not in self._memory or len(self._memory[name]) < size:
+                self._memory[name] = tensor.new_zeros(max(self._largest, size), *tensor.shape[1:])
+            self._memory[name][: len(tensor)].copy_(tensor)
+        return {name: self._memory[name][:size] for name in inputs}
 
 
 def first_rows(outputs: Outputs, count: int) -> Outputs:
