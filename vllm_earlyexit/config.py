@@ -57,6 +57,13 @@ class Knobs(BaseModel):
         bool | None,
         Field(description="auto policy: where a sequence repeats itself, draft what followed before; true by default"),
     ] = None
+    draft_sample_method: Annotated[
+        Literal["greedy", "probabilistic"],
+        Field(
+            description="what requests that sample draft: a head's first choice, or what it draws with the random "
+            "numbers that verification will use (on Model Runner V2; V1 drafts first choices)"
+        ),
+    ] = "probabilistic"
     mode: Annotated[
         Literal["lossless", "early_exit"],
         Field(description="for requests that do not ask; 'early_exit' is lossy: what a head is sure of is final"),
@@ -106,6 +113,7 @@ class EarlyExitConfig:
         lowest_accuracy: Lowest such rate that requests may ask for; None if no request may exit early.
         fill_in: How the KV of skipped layers comes about.
         check_rate: Share of sequences that are checked where nothing else does.
+        draws: Whether requests that sample draw what they draft, instead of taking a head's first choice.
     """
 
     heads: str | None
@@ -120,6 +128,7 @@ class EarlyExitConfig:
     lowest_accuracy: float | None = None
     fill_in: FillIn = "resume"
     check_rate: float = 0.0
+    draws: bool = True
 
     @property
     def exits_early(self) -> bool:
@@ -240,8 +249,9 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None, cache: str | 
             f"self-exit: exit_layer={knobs.exit_layer} is beyond the stack; this model has {num_layers} layers, "
             f"choose 1 to {num_layers - 1}"
         )
+    draws = knobs.draft_sample_method == "probabilistic"
     if knobs.head == "shared":
-        return _resolve_shared(knobs)
+        return replace(_resolve_shared(knobs), draws=draws)
     early = _resolve_early_exit(knobs)
     model_print = fingerprint(folder)
     where = _find_heads(knobs.model, folder, model_print, cache)
@@ -253,7 +263,7 @@ def resolve(knobs: Knobs, model: str, revision: str | None = None, cache: str | 
         raise EarlyExitError(
             f"self-exit: the heads in {where} lack the calibration for early exits; run 'vllm-earlyexit calibrate'"
         )
-    return replace(config, **early)
+    return replace(config, draws=draws, **early)
 
 
 def _resolve_early_exit(knobs: Knobs) -> dict[str, Any]:

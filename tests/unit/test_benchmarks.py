@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks import draws, quality
 from benchmarks.cascade import Request, World
 from benchmarks.engines import Run, Setup, family, speculative_config
 from benchmarks.oracle import Oracle
@@ -262,3 +262,17 @@ def test_answers_of_different_lengths_have_the_same_lengths_in_every_run():
     assert set(counts) == {2, 3, 4, 5, 6, 7, 8}
     assert min(counts.values()) > 200
     assert lengths == [replace(SETUP, min_tokens=2).length(prompt) for prompt in prompts]
+
+
+def test_draws_agree_with_what_is_sampled_as_often_as_their_coupling_says():
+    """A head that knows two of three tokens; against Gumbel sampling's closed form (Daliri et al. 2024)."""
+    torch.manual_seed(0)
+    p, q, known, n = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.6]), torch.tensor([0, 2]), 20_000
+    noise = -torch.empty(1, n, 3).exponential_().log()
+    first, drawn, limit = (draws.rates(p.log().expand(n, 3), q.log().expand(n, 2), known, noise) / n).tolist()
+    whole = torch.tensor([0.4, 0.0, 0.6])
+    both = [1 / torch.maximum(p / p[token], whole / whole[token]).sum().item() for token in (0, 2)]
+    assert first == pytest.approx(0.2)
+    assert limit == pytest.approx(0.4 + 0.2)
+    assert drawn == pytest.approx(sum(both), abs=0.015)
+    assert first < drawn < limit

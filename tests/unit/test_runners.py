@@ -30,7 +30,8 @@ def test_adapters_share_drafter_frontier_policy_and_counts(adapter: type[rounds.
     beside = {name for name in imported(module) if not name.startswith(f"{rounds.__name__}.")}
     verification = {f"vllm_earlyexit.engine.{name}" for name in ("verification", "verification_v2.PlainSampler")}
     verification |= {f"vllm_earlyexit.engine.verification.{name}" for name in ("is_greedy", "may_leave")}
-    assert beside <= verification | {"vllm_earlyexit.engine.early_exit.Left", "vllm_earlyexit.errors.EarlyExitError"}
+    others = {"engine.ahead", "engine.early_exit.Left", "errors.EarlyExitError"}
+    assert beside <= verification | {f"vllm_earlyexit.{name}" for name in others}
     shared = imported(rounds)
     for part in ("drafter.SelfExitDrafter", "frontier.Frontier", "policy.AutoPolicy", "lookup.repeat_in"):
         assert f"vllm_earlyexit.engine.{part}" in shared

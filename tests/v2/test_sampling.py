@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -98,6 +99,29 @@ def test_sampled_outputs_follow_the_full_model(model: Path):
     assert 0.1 < counted["accepted_tokens"] / counted["draft_tokens"] < 0.9
     statistic, limit = pearson(seen, exact_distribution(model))
     assert statistic < limit
+
+
+def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
+    """Its layer above the exit adds nothing, so that the head says what the model says."""
+    folder = tiny_model(tmp_path / "model", layers=2)
+    weights = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.1.{name}.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    setting = {"method": "self_exit", "head": "shared", "exit_layer": 1, "num_speculative_tokens": 3}
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=TOKENS, detokenize=False)
+        for temperature, seed in ((0.0, None), (0.6, 1), (1.0, 2), (1.0, None), (1.5, 3))
+    ]
+    prompts: list[Any] = [{"prompt_token_ids": PROMPTS[0]}] * len(params)
+    rates = {}
+    for method in ("probabilistic", "greedy"):
+        asked = setting | {"draft_sample_method": method}
+        with engine(folder, skip_tokenizer_init=True, max_model_len=128, speculative_config=asked) as llm:
+            llm.generate(prompts, params, use_tqdm=False)
+            rates[method] = counters(llm)["accepted_tokens"] / counters(llm)["draft_tokens"]
+    assert rates["probabilistic"] == 1
+    assert rates["greedy"] < 0.8
 
 
 def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path):

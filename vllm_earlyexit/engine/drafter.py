@@ -71,6 +71,33 @@ class Leaving:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How requests that sample draft: they draw from a head with the random numbers that verification will use.
+
+    What is drafted then agrees with what the full model samples with a probability of at least (1 - d) / (1 + d), d
+    being the total variation distance of head and model (Gumbel sampling, Daliri et al. 2024, arXiv:2408.07978); a
+    head's first choice agrees as often as the model samples that. What is sampled is the same.
+
+    Attributes:
+        draws: Which sequences do.
+        draw: From some of these, the positions of their newest tokens, int64 [n], and what a head says about them,
+            float32 [n, vocab_size], to tokens, int64 [n].
+    """
+
+    draws: Sequence[bool]
+    draw: Callable[[Sequence[int], torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def instead(self, rows: Sequence[int], positions: torch.Tensor, asked: Asked, head: Head) -> Asked:
+        """Return what a head says about some sequences, with tokens drawn for those that draw."""
+        at = [n for n, row in enumerate(rows) if self.draws[row]]
+        if not at:
+            return asked
+        index = torch.tensor(at, device=asked.token_ids.device)
+        tokens = self.draw([rows[n] for n in at], positions[index], head.logits(asked.features[index]))
+        return asked._replace(token_ids=asked.token_ids.index_copy(0, index, tokens))
+
+
+@dataclass(frozen=True)
 class Pending:
     """What of a batch is pending.
 
@@ -183,6 +210,7 @@ class SelfExitDrafter:
         kv_context: KVContext,
         repeat: Callable[[int, Sequence[int]], Repeat],
         leaving: Leaving | None = None,
+        drawing: Drawing | None = None,
     ) -> list[list[int]]:
         """Draft until every sequence of a round that has started has stopped; return the drafted tokens of each.
 
@@ -194,6 +222,7 @@ class SelfExitDrafter:
             repeat: From a row and tokens drafted for it to what followed when these and the newest tokens before them
                 last occurred in the sequence.
             leaving: How tokens may leave early; None if none may.
+            drawing: How requests that sample draft; None if all draft a head's first choice.
         """
         limits = () if leaving is None else leaving.limits
         found: list[Repeat] = []
@@ -218,9 +247,9 @@ class SelfExitDrafter:
         frontier.copy(copied)
         if ask:
             if ahead > 1:
-                self._ask_ahead(frontier, exit_, previous(), kv_context, ahead)
+                self._ask_ahead(frontier, exit_, previous(), kv_context, ahead, drawing)
             else:
-                self._ask(frontier, exit_, previous(), kv_context, leaving)
+                self._ask(frontier, exit_, previous(), kv_context, leaving, drawing)
             frontier.copy(agreed(lambda: copies(self.policy.append(lookup))))
         return frontier.drafts()
 
@@ -231,6 +260,7 @@ class SelfExitDrafter:
         previous: torch.Tensor,
         kv_context: KVContext,
         leaving: Leaving | None,
+        drawing: Drawing | None,
     ) -> None:
         """Draft from an exit, and perhaps later ones, until every sequence has stopped; arguments as above."""
         for position in itertools.count():
@@ -239,6 +269,8 @@ class SelfExitDrafter:
             cut, before, left = exit_, of_rows(previous, step.rows), dict[int, Left]()
             with kv_context(step.rows, None, step.positions) as positions:
                 at_cut, asked = self._step(cut, step.input_ids, positions, before)
+            if drawing is not None:
+                asked = drawing.instead(frontier.drafting, positions, asked, self.exits[cut].head)
             frontier.keep(at_cut.tensors, cut)
             asked, final = self._leave(step.rows, asked, cut, position, frontier, leaving)
             tokens, decision = self._decide(step.rows, asked, cut, final)
@@ -250,6 +282,9 @@ class SelfExitDrafter:
                 unsure = deeper if unsure is None else unsure[deeper]
                 asked = self._lift(frontier, step.rows[unsure], cut, before[unsure], kv_context)
                 cut += 1
+                if drawing is not None:
+                    rows = step.rows[unsure].tolist()
+                    asked = drawing.instead(rows, positions[unsure], asked, self.exits[cut].head)
                 asked, final = self._leave(step.rows[unsure], asked, cut, position, frontier, leaving)
                 instead, decision = self._decide(step.rows[unsure], asked, cut, final)
                 left |= _left(step.rows[unsure], asked, cut, position, decision.keep, final, leaving)
@@ -270,18 +305,30 @@ class SelfExitDrafter:
         return at_cut, self.exits[cut].head(residual_stream(at_cut), positions, before)
 
     def _ask_ahead(
-        self, frontier: Frontier, cut: int, previous: torch.Tensor, kv_context: KVContext, count: int
+        self,
+        frontier: Frontier,
+        cut: int,
+        previous: torch.Tensor,
+        kv_context: KVContext,
+        count: int,
+        drawing: Drawing | None,
     ) -> None:
         """Draft from an exit, ``count`` steps until the first look; other arguments as in ``draft``.
 
         A look waits for the device. Between two looks sequences draft on that have stopped; what they draft then is
         thrown away, and what it has written to a sequence's own slots is overwritten when the slots are due.
         """
-        while self._look(frontier, cut, previous, self._run_ahead(frontier, cut, previous, kv_context, count)):
+        while self._look(frontier, cut, previous, self._run_ahead(frontier, cut, previous, kv_context, count, drawing)):
             count = agreed(lambda: self.policy.ahead(len(frontier.drafting)))
 
     def _run_ahead(
-        self, frontier: Frontier, cut: int, previous: torch.Tensor, kv_context: KVContext, count: int
+        self,
+        frontier: Frontier,
+        cut: int,
+        previous: torch.Tensor,
+        kv_context: KVContext,
+        count: int,
+        drawing: Drawing | None,
     ) -> list[Unseen]:
         """Run up to ``count`` draft steps in a row; none if nobody drafts."""
         if (step := frontier.step) is None:
@@ -294,6 +341,8 @@ class SelfExitDrafter:
             on = step.rows if len(rows) == len(step.rows) else torch.tensor(rows, device=ids.device)
             with kv_context(on, None, on_host) as positions:
                 at_cut, asked = self._step(cut, ids, positions, before)
+            if drawing is not None:
+                asked = drawing.instead(rows, positions, asked, self.exits[cut].head)
             ran.append(Unseen(rows, at_cut.tensors, asked))
             last, ids, before = rows, asked.token_ids.to(ids.dtype), asked.features
         return ran

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_earlyexit.config import AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine import responses
 from vllm_earlyexit.engine.cost import SIZES, measured
-from vllm_earlyexit.engine.drafter import HeadSampler, Leaving, Pending, SelfExitDrafter
+from vllm_earlyexit.engine.drafter import Drawing, HeadSampler, Leaving, Pending, SelfExitDrafter
 from vllm_earlyexit.engine.early_exit import LOSSLESS, Left, Wish, wish_of
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
@@ -39,6 +39,9 @@ def no_sampler(rows: Sequence[int], logits: torch.Tensor, drafts: Sequence[Seque
     """Stand for a runner that cannot let requests sample from heads."""
     raise NotImplementedError("early exits of requests that sample")
 
+
+RowSampler = Callable[[Sequence[int], torch.Tensor, torch.Tensor], torch.Tensor]
+"""As ``Drawing.draw``, from rows of the runner."""
 
 Blocks = dict[int, torch.Tensor]
 """Block tables of some sequences by KV cache group, each [num_seqs, max_blocks]."""
@@ -83,6 +86,7 @@ class Sampled:
         limit: How many tokens are worth drafting.
         wish: What the request asks for.
         greedy: Whether it wants the most probable token and nothing else.
+        draws: Whether it drafts with the random numbers that verification will use; see ``Drawing``.
     """
 
     row: int
@@ -91,6 +95,7 @@ class Sampled:
     limit: int
     wish: Wish = LOSSLESS
     greedy: bool = True
+    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,7 @@ class SelfExit:
         describe: Callable[[], Sequence[Sampled]],
         previous: Callable[[], torch.Tensor],
         sample: HeadSampler = no_sampler,
+        draw: RowSampler | None = None,
     ) -> list[list[int]]:
         """Draft for sequences that have just sampled; return the drafted tokens of each, possibly none.
 
@@ -256,6 +262,7 @@ class SelfExit:
             previous: Makes the final hidden states from which their newest tokens were sampled,
                 [num_seqs, hidden_size].
             sample: Lets requests sample from a head's logits; called if tokens of some that are not greedy leave.
+            draw: Lets requests draw with the random numbers of verification; called if some do.
         """
         drafts = self.drafter.starts(len(requests))
         sampled = describe() if drafts or self.config.exits_early else []
@@ -269,6 +276,10 @@ class SelfExit:
         leaving = None
         if any(limit is not None for limit in limits_of):
             leaving = Leaving(limits_of, [one.greedy for one in sampled], sample)
+
+        drawing = None
+        if draw is not None and any(one.draws for one in sampled):
+            drawing = Drawing([one.draws for one in sampled], lambda at, *said: draw([rows[n] for n in at], *said))
 
         @functools.cache
         def blocks() -> Blocks:
@@ -289,7 +300,12 @@ class SelfExit:
             return np.concatenate([tokens, np.array(draft, dtype=tokens.dtype)]) if draft else tokens
 
         return self.drafter.draft(
-            frontier, previous, context, lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft)), leaving
+            frontier,
+            previous,
+            context,
+            lambda n, draft: repeat_in(text(n, draft), limits[n] - len(draft)),
+            leaving,
+            drawing,
         )
 
     def resume(
@@ -383,15 +399,21 @@ class SelfExit:
             position: Of that token.
             longest: The longest draft that is wanted of anyone.
         """
-        if not self.wish(params).drafts:
+        if not self.wish(params).drafts or self.over(params, outputs, token):
             return 0
         wanted = self.max_model_len - 1 - position
-        if params is not None:
-            if params.max_tokens is not None:
-                wanted = min(wanted, params.max_tokens - outputs)
-            if outputs >= params.min_tokens and token in (params.eos_token_id, *(params.stop_token_ids or ())):
-                return 0
+        if params is not None and params.max_tokens is not None:
+            wanted = min(wanted, params.max_tokens - outputs)
         return max(0, min(longest, wanted - 1))
+
+    @staticmethod
+    def over(params: Any, outputs: int, token: int) -> bool:
+        """Return whether a request ends with its newest token, stop strings apart; arguments as for ``limit``."""
+        if params is None:
+            return False
+        if params.max_tokens is not None and outputs >= params.max_tokens:
+            return True
+        return outputs >= params.min_tokens and token in (params.eos_token_id, *(params.stop_token_ids or ()))
 
     def wish(self, params: Any, *, early: bool = True) -> Wish:
         """Return what a request asks for, by its sampling parameters or None; lossless decoding if ``early`` is not."""

@@ -1,10 +1,11 @@
 """Model Runner V2: a speculator that drafts with the target's own layers, and resumes in its forward pass.
 
-Like the V1 adapter it decides on the host, while the scheduler waits for its drafts. It was run on CPUs through
-Triton's interpreter, and never on a GPU.
+Like the V1 adapter it decides on the host. The scheduler waits for its drafts, or, with async scheduling, leaves room
+for the longest ones. It was run on CPUs through Triton's interpreter, and never on a GPU.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,9 +21,11 @@ from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_earlyexit.engine import ahead
 from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 from vllm_earlyexit.engine.verification import is_greedy, may_leave
@@ -36,6 +39,15 @@ class Request:
 
     params: Any
     prompt_len: int
+
+
+@dataclass(frozen=True)
+class Newest:
+    """A request's newest token, where it stands, and what was drafted after it."""
+
+    token: int
+    position: int
+    draft: list[int]
 
 
 class RunnerV2:
@@ -86,8 +98,14 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         self.graphs: CudaGraphManager | None = None
         self._requests: dict[str, Request] = {}
         self._batch: InputBatch | None = None
-        self._drafts: dict[str, list[int]] = {}
-        self._newest: dict[str, int] = {}
+        self._newest: dict[str, Newest] = {}
+        self._sampled: list[str] = []
+        """For which requests something could be drafted last; others keep what was drafted for them."""
+        self._drafts_later = vllm_config.scheduler_config.async_scheduling and not self.config.exits_early
+        self._due: functools.partial[torch.Tensor] | None = None
+        """Drafts after the last batch, if that is still to be done."""
+        self._planned: dict[str, int] = {}
+        self._surplus: dict[str, int] = {}
         self._left: list[tuple[Request, Mapping[int, Left], list[int], int]] = []
         """What has left of the batch that is verified: whose, which tokens of which draft, and its first logits."""
 
@@ -147,6 +165,38 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """See ``measure_on``."""
         self.measure_on(RunnerV2(runner))
 
+    @torch.inference_mode()
+    def cut_down(self, output: Any) -> Any:
+        """Return a step as it is run; with async scheduling it was scheduled before it was known what was drafted.
+
+        Nor has anything been drafted yet, unless tokens leave early: who drafts waits for the device, and until now the
+        scheduler has used that time. Only what is run next is drafted for, so that its slots are its own still.
+
+        Args:
+            output: vLLM's ``SchedulerOutput``.
+        """
+        self._planned, self._surplus = {}, {}
+        if not self.vllm_config.scheduler_config.async_scheduling:
+            return output
+        self._planned = {req_id: len(room) for req_id, room in output.scheduled_spec_decode_tokens.items()}
+        if self._due is not None:
+            after, self._due = self._due, None
+            index, drafts = after.args[0].idx_mapping, after(self._planned)
+            self._runner.req_states.draft_tokens[index] = drafts.to(index.device)
+        drafted = {req_id: len(newest.draft) for req_id, newest in self._newest.items()}
+        computed = {req_id: newest.position for req_id, newest in self._newest.items()}
+        run, self._surplus = ahead.cut_down(output, drafted, computed)
+        return run
+
+    def masks(self, grammar: Any) -> Any:
+        """Return vLLM's ``GrammarOutput``, or None, for the step as it is run."""
+        return ahead.without_surplus(grammar, self._planned, self._surplus) if grammar and self._surplus else grammar
+
+    def tell(self, output: Any) -> None:
+        """See ``SelfExit``; also which room for drafts was not needed."""
+        super().tell(output)
+        ahead.attach(output, self._surplus)
+
     def scheduled(self, output: Any, batch: InputBatch) -> None:
         """Take note of the batch that is run next.
 
@@ -156,9 +206,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """
         for new in output.scheduled_new_reqs:
             self._requests[new.req_id] = Request(new.sampling_params, new.prompt_len)
+            self._newest.pop(new.req_id, None)
         known = self._runner.req_states.req_id_to_index
         if len(self._requests) > len(known):
             self._requests = {req_id: self._requests[req_id] for req_id in known}
+            self._newest = {req_id: newest for req_id, newest in self._newest.items() if req_id in known}
         self._batch = batch
 
     def _forward(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
@@ -183,7 +235,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
 
     def _fed(self, req_id: str, count: int, on_device: torch.Tensor) -> np.ndarray | torch.Tensor:
         """Return the tokens that a request is about to be fed: those of its draft are known without a look."""
-        known = [self._newest[req_id], *self._drafts.get(req_id, ())] if req_id in self._newest else []
+        newest = self._newest.get(req_id)
+        known = [] if newest is None else [newest.token, *newest.draft]
         return np.array(known[:count]) if len(known) >= count else on_device
 
     def _left_of(self, batch: InputBatch) -> torch.Tensor | None:
@@ -194,7 +247,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         places: list[int] = []
         starts = batch.cu_num_logits_np.tolist()
         for req_id, start, count in zip(batch.req_ids, starts, verified.tolist(), strict=False):
-            request, draft = self._requests[req_id], self._drafts.get(req_id, [])[:count]
+            request, newest = self._requests[req_id], self._newest.get(req_id)
+            draft = [] if newest is None else newest.draft[:count]
             if left := last_round.final(request, draft):
                 self._left.append((request, left, draft, start))
                 places += [start + n for n in left]
@@ -235,56 +289,107 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """Draft for every request of the batch that has just sampled; arguments and shapes are vLLM's.
 
         Returns:
-            Drafts, int64 [num_reqs, longest draft]; token 0 behind the end of each, which only vLLM's warm-up runs.
+            Drafts, int64 [num_reqs, longest draft]; token 0 behind the end of each, which only vLLM's warm-up runs, and
+            everywhere if drafting waits for the next step; see ``cut_down``.
         """
-        most = self.config.num_speculative_tokens
-        drafts = torch.zeros(input_batch.num_reqs, most, dtype=torch.int64, device=last_hidden_states.device)
-        self._drafts, self._newest = {}, {}
-        if dummy_run:
-            return drafts
+        drafts = torch.zeros(input_batch.num_reqs, self.config.num_speculative_tokens, dtype=torch.int64)
+        if not dummy_run:
+            longest = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
+            after = functools.partial(self._draft_after, input_batch, last_hidden_states, num_sampled, last_sampled)
+            if self._drafts_later:
+                self._due = after
+            else:
+                drafts = after(dict.fromkeys(input_batch.req_ids, longest))
+        return drafts.to(last_hidden_states.device)
+
+    def _draft_after(
+        self,
+        batch: InputBatch,
+        hidden: torch.Tensor,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        room: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Learn what became of the drafts of a batch that has run, and draft for those of its requests that go on.
+
+        Args:
+            batch: vLLM's.
+            hidden: Final hidden states, [num_tokens, hidden_size].
+            num_sampled: How many tokens each request has sampled, int [num_reqs].
+            last_sampled: The newest token of every row of the runner, int64 [max_num_reqs, 1].
+            room: How many tokens may be drafted for which requests.
+
+        Returns:
+            Drafts, int64 [num_reqs, longest draft], on the host.
+        """
         if self._round is not None:  # a CUDA graph ran the whole batch from the bottom
             self._verifying, self._round = self._round, None
-        longest = most if num_speculative_tokens is None else num_speculative_tokens
-        index = input_batch.idx_mapping
+        index = batch.idx_mapping
         computed = self._runner.req_states.num_computed_tokens.gpu[index]
         of_each = [num_sampled.long(), last_sampled[index].flatten(), computed.long()]
         counts, tokens, positions = torch.stack(of_each).tolist()  # waits for the device
-        verified = input_batch.num_draft_tokens_per_req
+        verified = batch.num_draft_tokens_per_req
         drafted = [0] * len(counts) if verified is None else verified.tolist()
-        requests = [self._requests[req_id] for req_id in input_batch.req_ids]
+        requests = [self._requests[req_id] for req_id in batch.req_ids]
         self._check()
-        each = zip(requests, input_batch.req_ids, drafted, counts, strict=True)
-        self.learn([Verified(request, req_id, of, count - 1) for request, req_id, of, count in each if count], requests)
-        rows = [row for row, count in enumerate(counts) if count]
-        if not rows or longest == 0:
+        each = zip(requests, batch.req_ids, drafted, counts, strict=True)
+        going = [one for one in each if one[-1] and not self._was_over(*one[:2])]
+        self.learn([Verified(request, req_id, of, count - 1) for request, req_id, of, count in going], requests)
+        for row, (req_id, count) in enumerate(zip(batch.req_ids, counts, strict=True)):
+            if count:
+                self._newest[req_id] = Newest(tokens[row], positions[row], [])
+        rows = [row for row, req_id in enumerate(batch.req_ids) if counts[row] and room.get(req_id)]
+        self._sampled = [batch.req_ids[row] for row in rows]
+        drafts = torch.zeros(len(counts), self.config.num_speculative_tokens, dtype=torch.int64)
+        if not rows:
             return drafts
-        places = input_batch.idx_mapping_np.tolist()
+        places = batch.idx_mapping_np.tolist()
 
         def sampled(row: int) -> Sampled:
             request, token, position = requests[row], tokens[row], positions[row]
             outputs, params = position + 1 - request.prompt_len, request.params
-            limit = self.limit(params, outputs, token, position, longest)
+            limit = self.limit(params, outputs, token, position, room[batch.req_ids[row]])
             leaves = self.config.exits_early and is_greedy(params) and may_leave(params, outputs)
-            return Sampled(places[row], token, position, limit, self.wish(params, early=leaves))
+            wish, draws = self.wish(params, early=leaves), self.config.draws and params.temperature > 0
+            return Sampled(places[row], token, position, limit, wish, draws=draws)
 
         def describe() -> list[Sampled]:
             return [sampled(row) for row in rows]
 
         def previous() -> torch.Tensor:
-            at = [int(input_batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
-            return last_hidden_states[input_batch.logits_indices[at]]
+            at = [int(batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
+            return hidden[batch.logits_indices[at]]
 
-        found = self.draft(RunnerV2(self._runner), [requests[row] for row in rows], describe, previous)
-        whole = [[0] * most for _ in counts]
+        sampling = [requests[row] for row in rows]
+        found = self.draft(RunnerV2(self._runner), sampling, describe, previous, draw=self._draw)
         for row, draft in zip(rows, found, strict=True):
-            whole[row][: len(draft)] = draft
-            self._drafts[input_batch.req_ids[row]] = draft
-            self._newest[input_batch.req_ids[row]] = tokens[row]
-        return drafts.copy_(torch.tensor(whole))
+            self._newest[batch.req_ids[row]].draft.extend(draft)
+            drafts[row, : len(draft)] = torch.tensor(draft)
+        return drafts
+
+    def _was_over(self, request: Request, req_id: str) -> bool:
+        """Return whether a request had ended, but ran once more because that was scheduled before it was known."""
+        newest = self._newest.get(req_id)
+        return newest is not None and self.over(request.params, newest.position + 1 - request.prompt_len, newest.token)
+
+    def _draw(self, rows: Sequence[int], positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Sample as ``PlainSampler`` will after tokens at these positions, on which V2's random numbers depend."""
+        sampler = self._runner.sampler
+        states, index = sampler.sampling_states, torch.tensor(rows, device=logits.device)
+        return gumbel_sample(
+            logits,
+            index,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            positions,
+            apply_temperature=True,
+            is_drafting=False,
+            use_fp64=sampler.use_fp64_gumbel,
+        )
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: torch.Tensor) -> None:
         """Do nothing: ``propose`` has kept the drafts."""
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         """Return each request's draft, for the scheduler."""
-        return DraftTokenIds([*self._drafts], [*self._drafts.values()])
+        return DraftTokenIds(self._sampled, [[*self._newest[req_id].draft] for req_id in self._sampled])

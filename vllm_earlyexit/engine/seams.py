@@ -96,7 +96,7 @@ def shape(target: Any) -> tuple[str, ...]:
         return ("property",)
     if isinstance(target, staticmethod | classmethod):
         target = target.__func__
-    if callable(target):
+    if inspect.isroutine(target) or inspect.isclass(target):
         return tuple(inspect.signature(target).parameters)
     return ("variable",)
 
@@ -318,15 +318,71 @@ def _tell_of_exits(original: Callable) -> Callable:
     return sample_tokens
 
 
+def _tell_of_exits_on_v2(original: Callable) -> Callable:
+    tell = _tell_of_exits(original)
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        if uses_self_exit(self.speculative_config):
+            grammar_output = self.speculator.masks(grammar_output)
+        return tell(self, grammar_output)
+
+    return sample_tokens
+
+
 def _keep_exits(original: Callable) -> Callable:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         if uses_self_exit(self.vllm_config.speculative_config):
+            from vllm_earlyexit.engine.ahead import discount
             from vllm_earlyexit.engine.responses import keep
 
             keep(self, model_runner_output)
+            discount(scheduler_output, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
 
     return update_from_output
+
+
+def _count_what_was_drafted(original: Callable) -> Callable:
+    def make_spec_decoding_stats(
+        self: Any,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: Any,
+        request_id: str,
+    ) -> Any:
+        invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+        if num_draft_tokens == invalid and uses_self_exit(self.vllm_config.speculative_config):
+            return spec_decoding_stats
+        counts = num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens
+        return original(self, spec_decoding_stats, *counts, request_id)
+
+    return make_spec_decoding_stats
+
+
+def _schedule_ahead_on_v2(original: Any) -> Any:
+    return Literal[original, "custom_class"]
+
+
+def _wait_for_drafts_on_v1(original: Callable) -> Callable:
+    def _validate_v1_model_runner(self: Any) -> None:
+        if uses_self_exit(self.speculative_config):
+            self.scheduler_config.async_scheduling = False
+        original(self)
+
+    return _validate_v1_model_runner
+
+
+def _leave_room_for_prompts(original: Callable) -> Callable:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if uses_self_exit(self.vllm_config.speculative_config):
+            from vllm_earlyexit.engine.ahead import room
+
+            config = self.scheduler_config
+            self.dynamic_sd_lookup = room(self.num_spec_tokens, self.max_num_scheduled_tokens, config.max_num_seqs)
+
+    return __init__
 
 
 def _report_exits(original: Callable) -> Callable:
@@ -388,6 +444,22 @@ def _attach_on_v2(original: Callable) -> Callable:
             self.speculator.attach(self)
 
     return load_model
+
+
+def _cut_down_on_v2(original: Callable) -> Callable:
+    def execute_model(
+        self: Any,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if uses_self_exit(self.speculative_config) and not dummy_run:
+            scheduler_output = self.speculator.cut_down(scheduler_output)
+        return original(self, scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs)
+
+    return execute_model
 
 
 def _tell_of_batch_on_v2(original: Callable) -> Callable:
@@ -551,17 +623,17 @@ SEAMS = (
     Seam(
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
         stage="engine",
-        why="See above, for V2.",
-        how="See above.",
+        why="See above, for V2. With async scheduling, grammars have masks for drafts that were not drafted.",
+        how="See above; takes these masks away.",
         upstream="See above.",
         expects=("self", "grammar_output"),
-        wrap=_tell_of_exits,
+        wrap=_tell_of_exits_on_v2,
     ),
     Seam(
         target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         stage="engine",
         why="See above.",
-        how="Keeps what workers attached with the requests.",
+        how="Keeps what workers attached with the requests; room for drafts that nobody needed is not counted.",
         upstream="See above.",
         expects=("self", "scheduler_output", "model_runner_output"),
         wrap=_keep_exits,
@@ -628,6 +700,68 @@ SEAMS = (
         upstream="A hook for speculators would replace it.",
         expects=("self", "scheduler_output", "batch_req_state", "batch_desc", "num_active_loras"),
         wrap=_tell_of_batch_on_v2,
+    ),
+    Seam(
+        target="vllm.config.vllm:EagleModelTypes",
+        stage="engine",
+        why="vLLM turns async scheduling off for all speculative methods but those of a list.",
+        how="Adds self-exit to the list.",
+        upstream="A registry of V2 speculators would replace this one and the next four.",
+        expects=("variable",),
+        wrap=_schedule_ahead_on_v2,
+    ),
+    Seam(
+        target="vllm.config.vllm:VllmConfig._validate_v1_model_runner",
+        stage="engine",
+        why="See above; on V1 the scheduler has to wait for drafts.",
+        how="Turns async scheduling off there.",
+        upstream="See above.",
+        expects=("self",),
+        wrap=_wait_for_drafts_on_v1,
+    ),
+    Seam(
+        target="vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__",
+        stage="engine",
+        why="The scheduler leaves room for every request's longest draft, for many requests more than a step holds.",
+        how="Leaves less the more requests there are, so that half of a step's tokens stay free for prompts.",
+        upstream="See above.",
+        expects=("self", "args", "kwargs"),
+        wrap=_leave_room_for_prompts,
+    ),
+    Seam(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+        stage="engine",
+        why="See above; what was drafted is shorter than the room for it, and layers would run over all of it.",
+        how="Drafts, cuts the step down to what was drafted, then runs it.",
+        upstream="See above; vLLM's adaptive verification does the same for its method dspark.",
+        expects=(
+            "self",
+            "scheduler_output",
+            "intermediate_tensors",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "is_profile",
+            "context_len",
+            "valid_dummy_state_slots",
+            "randomize_inputs",
+        ),
+        wrap=_cut_down_on_v2,
+    ),
+    Seam(
+        target="vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+        stage="engine",
+        why="See above; vLLM would count a draft in every step.",
+        how="Does not count drafts of no tokens.",
+        upstream="See above.",
+        expects=(
+            "self",
+            "spec_decoding_stats",
+            "num_draft_tokens",
+            "num_accepted_tokens",
+            "num_invalid_spec_tokens",
+            "request_id",
+        ),
+        wrap=_count_what_was_drafted,
     ),
     Seam(
         target="vllm.distributed.parallel_state:_PP",
