@@ -1,7 +1,8 @@
 """CUDA graphs on a CPU: what stands for them reads and writes the memory that it was captured over, as they do.
 
-Around each segment and each exit head is vLLM's own wrapper for graphs. A real model has one for each piece between
-two attentions, which run outside; here attention runs inside, and likewise sees the forward context of each replay.
+Around each segment, each exit head and each fill-in is vLLM's own wrapper for graphs. A real model has one for each
+piece between two attentions, which run outside; here attention runs inside, and likewise sees the forward context of
+each replay.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def captured(runner: Any) -> Iterator[list[CUDAGraphWrapper]]:
     """Let a V2 runner of self-exit, and its speculator, capture piecewise graphs as on a GPU, and serve in them.
 
     Yields:
-        vLLM's wrappers: of segments from the bottom up, then of heads.
+        vLLM's wrappers: of segments from the bottom up, of heads, of fill-in.
     """
     speculator, config, wrappers = runner.speculator, runner.vllm_config, list[CUDAGraphWrapper]()
     RecordedGraph.replays = 0
@@ -92,6 +93,8 @@ def captured(runner: Any) -> Iterator[list[CUDAGraphWrapper]]:
             modules["model"] = wrapped(modules["model"])
         for drafted_from in speculator.drafter.exits:
             drafted_from.head.exit = wrapped(drafted_from.head.exit)
+        for fill_in in speculator.drafter.fill_ins.values():
+            fill_in.project = wrapped(fill_in.project)
         compilation = config.compilation_config
         compilation.cudagraph_mode, compilation.cudagraph_capture_sizes = CUDAGraphMode.PIECEWISE, SIZES
         compilation.max_cudagraph_capture_size = max(SIZES)

@@ -18,7 +18,7 @@ from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import assert_nothing_is_left, chat_ids, metric
 
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
-TOKENS = 24
+TOKENS = 16
 answer = partial(reference.answer, max_tokens=TOKENS)
 
 
@@ -50,14 +50,14 @@ def test_outputs_and_counts_are_those_of_a_scheduler_that_waits(
 ):
     """Drafts of all lengths, from two exits and copied; in steps that hold too few tokens for everybody's prompt."""
     setting = FIXED if policy == "fixed" else FIXED | {"model": ladder, "policy": policy, "exit_layer": (1, 4)}
-    few = sorted(prompts, key=len)[:6]
+    few = sorted(prompts, key=len)[:4]
 
     def ask() -> tuple[Any, dict[str, int]]:
         with engine(smollm2, speculative_config=setting, max_num_batched_tokens=48) as llm:
             if policy == "auto":
                 draft_from_each_exit_in_turn(adapter_of(llm).drafter.policy)
             assert is_async(llm) == ahead
-            found = answer(llm, few, 4)
+            found = answer(llm, few, 3)
             assert_nothing_is_left(llm)
             return found, counters(llm)
 
@@ -67,19 +67,19 @@ def test_outputs_and_counts_are_those_of_a_scheduler_that_waits(
     ahead = False
     expected, expected_counts = ask()
     assert found == expected
-    assert counted["draft_tokens"] > counted["accepted_tokens"] > 20
+    assert counted["draft_tokens"] > counted["accepted_tokens"] > 10
     if policy == "fixed":
         assert counted == expected_counts
 
 
 def test_preempted_requests_start_again(smollm2: Path, prompts: list[str], left_on: pytest.MonkeyPatch):
     tight: dict[str, Any] = {"max_model_len": 256, "block_size": 32, "num_gpu_blocks_override": 10, "max_num_seqs": 4}
-    few = sorted(prompts, key=len)[:8]
+    few = sorted(prompts, key=len)[-6:]
     with engine(smollm2, speculative_config=FIXED, **tight) as llm:
         assert is_async(llm)
         found = answer(llm, few, len(few))
         assert metric(llm, "num_preemptions") > 1
-        assert counters(llm)["accepted_tokens"] > 20
+        assert counters(llm)["accepted_tokens"] > 10
         assert_nothing_is_left(llm)
     with engine(smollm2, max_model_len=256) as llm:
         assert is_async(llm)
@@ -87,7 +87,7 @@ def test_preempted_requests_start_again(smollm2: Path, prompts: list[str], left_
 
 
 def test_aborts_leave_nothing_behind(smollm2: Path, prompts: list[str], left_on: pytest.MonkeyPatch):
-    few = sorted(prompts, key=len)[:4]
+    few = sorted(prompts, key=len)[:3]
     with engine(smollm2, speculative_config=FIXED, max_num_batched_tokens=48) as llm:
         assert is_async(llm)
         expected, found = answer(llm, few, 1), []
@@ -97,7 +97,7 @@ def test_aborts_leave_nothing_behind(smollm2: Path, prompts: list[str], left_on:
             llm.llm_engine.add_request(f"victim {number}", asked[-1 - number], params)
             age = 0
             while llm.llm_engine.has_unfinished_requests():
-                if age == 3 * number:
+                if age == 4 * number:
                     llm.llm_engine.abort_request([f"victim {number}"])
                 age += 1
                 for output in llm.llm_engine.step():

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 
 from tests.engine import reference
 from tests.engine.conftest import counters, engine, runner_of
+from tests.engine.test_early_exit import LOW, PROPAGATING, ask, counts
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.v2.graphs import SIZES, RecordedGraph, captured
 from vllm_earlyexit.engine.sizes import Passes
@@ -49,6 +50,23 @@ def test_drafts_and_resumed_verification_replay_what_vllm_has_captured(
         assert found == expected
         assert counters(llm) == counted
         assert counted["accepted_tokens"] > 10
+
+
+def test_fill_in_replays_what_was_captured(smollm2: Path, few: list[str]):
+    def answers(llm: Any) -> list[list[int]]:
+        return ask(llm, few[:3], [LOW] * 3, max_tokens=16)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("fill-in ran outside graphs")
+
+    with engine(smollm2, speculative_config=PROPAGATING) as llm:
+        expected, counted = answers(llm), dict(counts(llm))
+    with engine(smollm2, speculative_config=PROPAGATING) as llm, captured(runner_of(llm)) as wrappers:
+        assert len(wrappers) == 4  # two segments, a head, fill-in
+        wrappers[-1].runnable = never
+        assert answers(llm) == expected
+        assert dict(counts(llm)) == counted
+        assert counted["early_tokens"] > 5
 
 
 def test_what_stands_for_graphs_reads_the_memory_that_it_was_captured_over(

@@ -17,6 +17,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_earlyexit.config import EarlyExitConfig
 from vllm_earlyexit.engine.counters import SILENT_TOKENS, Counters
 from vllm_earlyexit.engine.early_exit import NEVER, EarlyExits, Left
+from vllm_earlyexit.engine.fill_in import FillIn
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.head import ABSENT, Asked, CompiledExit, DraftVocab, Head, SharedExit
 from vllm_earlyexit.engine.lookup import Repeat
@@ -196,6 +197,9 @@ class SelfExitDrafter:
         self._counters = Counters(config.counters)
         self.exits = [Exit(head, segments[: n + 1], segments[n + 1 :]) for n, head in enumerate(heads)]
         self._segments = segments
+        cuts = {n: segment.start for n, segment in enumerate(segments) if n and config.fill_in == "propagate"}
+        self.fill_ins = {passed: FillIn(vllm_config, model, layer) for passed, layer in cuts.items()}
+        """By how many segments tokens have passed; none if nothing is propagated."""
         self.looks_ahead = vllm_config.device_config.device_type != "cpu"
         """Whether steps are run without a look at what they have drafted, as many as are expected to pay."""
 
@@ -501,7 +505,7 @@ class SelfExitDrafter:
             kept = torch.tensor([standing.index(n) for n in filled], device=positions.device)
             state = IntermediateTensors({name: states[kept] for name, states in pending.states.items()})
             with context(filled):
-                self._model.fill_in(self._segments[passed].start, residual_stream(state), positions[filled])
+                self.fill_ins[passed](residual_stream(state), positions[filled])
         left = [at for at, n in enumerate(standing) if n not in skipping]
         kept = torch.tensor(left, dtype=torch.int64, device=positions.device)
         rest = Pending(

@@ -1,6 +1,5 @@
 """Exit heads as the engine runs them: from hidden states at a cut to a token and how sure the head is of it."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +12,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from vllm_earlyexit.engine.models import decoder_stack, query_key_value
+from vllm_earlyexit.engine.models import decoder_stack, query_key_value, with_own_forward
 from vllm_earlyexit.engine.ranks import gathered, own_part, rows_of
 from vllm_earlyexit.engine.sizes import Passes
 from vllm_earlyexit.heads.checkpoint import as_int8
@@ -160,19 +159,10 @@ class TrainedExit(nn.Module):
 
 
 class CompiledExit:
-    """A ``TrainedExit`` after ``layer`` layers as a ``Head``; other arguments as there.
-
-    vLLM's cache knows a graph by the forward's qualified name, so every exit gets a forward of its own name.
-    """
+    """A ``TrainedExit`` after ``layer`` layers as a ``Head``; other arguments as there."""
 
     def __init__(self, vllm_config: VllmConfig, model: Any, layer: int, module: nn.Module, vocab: "DraftVocab | None"):
-        @functools.wraps(TrainedExit.forward)
-        def forward(exit_: TrainedExit, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return TrainedExit.forward(exit_, *arguments)
-
-        name = f"{TrainedExit.__name__}{layer}"
-        forward.__qualname__ = f"{name}.forward"
-        own: Any = type(name, (TrainedExit,), {"forward": forward, "__module__": __name__})
+        own: Any = with_own_forward(TrainedExit, f"{TrainedExit.__name__}{layer}")
         self._vocab, self._vocab_size = vocab, vllm_config.model_config.get_vocab_size()
         self._passes: Passes = model.passes
         with set_current_vllm_config(vllm_config), set_model_tag(f"exit_head_{layer}"):

@@ -11,7 +11,6 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.sequence import IntermediateTensors
 
 from vllm_earlyexit.engine.seams import pipeline_stage
@@ -89,24 +88,25 @@ class Segment:
 
 
 def _give_own_graph(stage: Any) -> None:
-    """Make ``stage``, a shallow copy of a model that vLLM compiles, compile and cache a graph of its own.
-
-    vLLM's cache knows a graph by the forward's qualified name, so every layer range gets a forward of its own name.
-    """
+    """Make ``stage``, a shallow copy of a model that vLLM compiles, compile and cache a graph of its own."""
     base = type(stage)
-
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)
-
-    name = f"{base.__name__}Layers{stage.start_layer}To{stage.end_layer}"
-    forward.__qualname__ = f"{name}.forward"
-    stage.__class__ = type(name, (base,), {"forward": forward, "__module__": base.__module__})
+    stage.__class__ = with_own_forward(base, f"{base.__name__}Layers{stage.start_layer}To{stage.end_layer}")
     stage.__dict__.pop("aot_compiled_fn", None)
     stage.was_aot_compile_fn_loaded_from_disk = False
     stage._compile_tag = f"layers_{stage.start_layer}_{stage.end_layer}"
     with set_current_vllm_config(stage.vllm_config), set_model_tag(stage._compile_tag):
         TorchCompileWithNoGuardsWrapper.__init__(stage)
+
+
+def with_own_forward(base: type, name: str) -> type:
+    """Return a subclass of a compiled module's class with this name; vLLM's cache knows graphs by it."""
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    forward.__qualname__ = f"{name}.forward"
+    return type(name, (base,), {"forward": forward, "__module__": base.__module__})
 
 
 def run_segments(
@@ -217,24 +217,6 @@ class ExitMixin:
 
     def at_cut(self, layer: int, state: IntermediateTensors) -> None:
         """Called by ``forward`` with what passes the cut after ``layer`` layers; does nothing here."""
-
-    def fill_in(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> None:
-        """Write the KV that layers would write if they got the hidden states at a cut, within a forward context.
-
-        Every layer's own norm, K/V projection and rotary embedding are applied; no attention, no MLP.
-
-        Args:
-            layer: How many layers the tokens have passed; those from there on are filled in.
-            hidden: [n, hidden_size].
-            positions: int64 [n].
-        """
-        for skipped in decoder_stack(self)[1].layers[layer:]:  # type: ignore[arg-type]
-            attention = skipped.self_attn
-            query, key, value = query_key_value(attention, skipped.input_layernorm(hidden))
-            _, key = attention.rotary_emb(positions, query, key)
-            inner = attention.attn
-            heads = (len(hidden), inner.num_kv_heads, -1)
-            unified_kv_cache_update(key.reshape(heads), value.reshape(heads), inner.layer_name)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the model's own final norm to [num_tokens, hidden_size]."""

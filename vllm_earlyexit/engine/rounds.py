@@ -199,7 +199,7 @@ class SelfExit:
 
     @torch.inference_mode()
     def measure_on(self, runner: Runner) -> None:
-        """Compile the heads, and time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
+        """Compile heads and fill-in, time a step's parts if the policy wants to know; KV goes to vLLM's null block."""
         scheduler = self.vllm_config.scheduler_config
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
         logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config, self.drafter.passes.replays))
@@ -209,6 +209,9 @@ class SelfExit:
                 return self.drafter.timed(torch.zeros(n, dtype=torch.int32, device=runner.device), positions)
 
         run(2)  # compiles the heads, for any number of tokens
+        with self.made_up(runner, 2) as positions:
+            for fill_in in self.drafter.fill_ins.values():
+                fill_in(self._no_states(2), positions)
         policy = self.drafter.policy
 
         def take_times(on_all: Callable[[int], list[float]]) -> None:
@@ -219,6 +222,12 @@ class SelfExit:
 
         if isinstance(policy, AutoPolicy):
             run_by_first(take_times, run)
+
+    def _no_states(self, n: int) -> torch.Tensor:
+        """Return hidden states of tokens that are made up, [n, hidden_size]."""
+        model = self.vllm_config.model_config
+        device = self.vllm_config.device_config.device
+        return torch.zeros(n, model.get_hidden_size(), dtype=model.dtype, device=device)
 
     @contextmanager
     def made_up(self, runner: Runner, n: int) -> Iterator[torch.Tensor]:
@@ -514,11 +523,11 @@ def how_it_runs(config: CompilationConfig, replays: bool = False) -> str:
         replays: Whether drafting replays graphs.
     """
     compiled = "eager" if config.mode in (None, CompilationMode.NONE) else "compiled"
-    ours = f"draft steps and resumed verification run {compiled}"
+    ours = f"draft steps, resumed verification and fill-in run {compiled}"
     if config.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return f"{ours}; nothing runs in CUDA graphs"
     where = "in PIECEWISE CUDA graphs" if replays else "outside CUDA graphs"
-    return f"{ours}, {where}; vLLM's own steps run in {config.cudagraph_mode.name} graphs; fill-in runs outside"
+    return f"{ours}, {where}; vLLM's own steps run in {config.cudagraph_mode.name} graphs"
 
 
 def slots_of(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -138,22 +138,22 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """Capture graphs of heads; from then on draft steps and resumed verification replay these and the model's."""
         if self.graphs is None:
             return
-        shape = self.vllm_config.model_config.get_hidden_size()
-        like = {"dtype": self.vllm_config.model_config.dtype, "device": self._runner.device}
 
         def passes(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             def run(mode: CUDAGraphMode) -> None:
-                hidden = torch.zeros(desc.num_tokens, shape, **like)
+                hidden = self._no_states(desc.num_tokens)
                 with self.made_up(RunnerV2(self._runner), desc.num_tokens) as positions:
                     context = get_forward_context()
                     context.cudagraph_runtime_mode = mode
                     context.batch_descriptor = BatchDescriptor(num_tokens=desc.num_tokens)
                     for drafted_from in self.drafter.exits:
                         drafted_from.head(hidden, positions, hidden.clone())
+                    for fill_in in self.drafter.fill_ins.values():
+                        fill_in(hidden, positions)
 
             return run
 
-        self.graphs.capture(passes, "Capturing CUDA graphs of exit heads")
+        self.graphs.capture(passes, "Capturing CUDA graphs of exit heads and fill-in")
         self.drafter.passes.replay(self._captured_size)
 
     def _captured_size(self, count: int) -> int | None:
