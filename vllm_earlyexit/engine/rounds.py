@@ -225,9 +225,9 @@ class SelfExit:
 
     def _no_states(self, n: int) -> torch.Tensor:
         """Return hidden states of tokens that are made up, [n, hidden_size]."""
-        model = self.vllm_config.model_config
-        device = self.vllm_config.device_config.device
-        return torch.zeros(n, model.get_hidden_size(), dtype=model.dtype, device=device)
+        model, device = self.vllm_config.model_config, self.vllm_config.device_config.device
+        dtype: Any = model.dtype
+        return torch.zeros(n, model.get_hidden_size(), dtype=dtype, device=device)
 
     @contextmanager
     def made_up(self, runner: Runner, n: int) -> Iterator[torch.Tensor]:
