@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import counters, engine
+from tests.engine.conftest import adapter_of, counters, engine
 from tests.engine.test_ranks import recurrent_heads
 from tests.engine.test_sampling import SEEDED, Answers, values
 from tests.engine.test_statistics import exact_distribution, model, pearson, sample
@@ -114,14 +114,17 @@ def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
         for temperature, seed in ((0.0, None), (0.6, 1), (1.0, 2), (1.0, None), (1.5, 3))
     ]
     prompts: list[Any] = [{"prompt_token_ids": PROMPTS[0]}] * len(params)
-    rates = {}
-    for method in ("probabilistic", "greedy"):
+    rates, answers = {}, []
+    for method, looks_ahead in (("probabilistic", False), ("probabilistic", True), ("greedy", False)):
         asked = setting | {"draft_sample_method": method}
         with engine(folder, skip_tokenizer_init=True, max_model_len=128, speculative_config=asked) as llm:
-            llm.generate(prompts, params, use_tqdm=False)
-            rates[method] = counters(llm)["accepted_tokens"] / counters(llm)["draft_tokens"]
-    assert rates["probabilistic"] == 1
-    assert rates["greedy"] < 0.8
+            adapter_of(llm).drafter.looks_ahead = looks_ahead
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            answers.append([output.outputs[0].token_ids for output in outputs if output.request_id != "3"])
+            rates[method, looks_ahead] = counters(llm)["accepted_tokens"] / counters(llm)["draft_tokens"]
+    assert rates["probabilistic", False] == rates["probabilistic", True] == 1
+    assert rates["greedy", False] < 0.8
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path):
