@@ -16,6 +16,7 @@ from tests.engine.conftest import adapter_of, counters, engine
 from tests.engine.test_early_exit import LOW, OPEN, PROPAGATING, counts, exits, responses
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import assert_nothing_is_left, chat_ids, metric
+from vllm_earlyexit.engine.ahead import room
 
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
 TOKENS = 16
@@ -41,6 +42,10 @@ def left_on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def is_async(llm: Any) -> bool:
     """Whether an engine schedules the next step before it knows what came of the last one."""
     core = llm.llm_engine.engine_core.engine_core
+    scheduler = core.scheduler
+    if core.async_scheduling and scheduler.num_spec_tokens:
+        tokens = scheduler.scheduler_config.max_num_batched_tokens
+        assert scheduler.dynamic_sd_lookup == room(scheduler.num_spec_tokens, tokens, scheduler.max_num_running_reqs)
     return core.async_scheduling and core.batch_queue is not None
 
 
