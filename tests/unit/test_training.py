@@ -1,4 +1,5 @@
 import math
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -302,8 +303,22 @@ def test_risk_coverage_area_of_a_known_case():
     assert risk_coverage_area(np.array([4, 3, 2, 1]), np.array([True, True, False, False])) == pytest.approx(5 / 24)
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_cpus_without_bfloat16_compute_in_float32(monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512_bf16", "amx", "expected"),
+    [
+        ("x86_64", False, False, False, torch.float32),
+        ("x86_64", True, False, False, torch.float32),
+        ("x86_64", True, True, False, torch.bfloat16),
+        ("x86_64", True, False, True, torch.bfloat16),
+        ("aarch64", True, False, False, torch.bfloat16),
+    ],
+)
+def test_cpus_without_bfloat16_compute_in_float32(
+    monkeypatch: pytest.MonkeyPatch, machine: str, onednn: bool, avx512_bf16: bool, amx: bool, expected: torch.dtype
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert compute_dtype("cpu") == expected
     assert compute_dtype("cuda") == torch.bfloat16

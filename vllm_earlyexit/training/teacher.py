@@ -1,5 +1,6 @@
 """The frozen base model in transformers: the parts that heads lean on, and what the full model computes."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,11 +25,15 @@ ROWS = 128
 def compute_dtype(device: str) -> torch.dtype:
     """Return bfloat16 where ``device`` computes in it, otherwise float32.
 
-    CPUs without AVX-512 or AMX emulate bfloat16, which is much slower than float32.
+    x86 CPUs without instructions for it emulate bfloat16, which is much slower than float32. oneDNN says that it
+    supports bfloat16 on all that have AVX-512.
     """
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return torch.bfloat16
+    if device != "cpu":
+        return torch.bfloat16
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if native and platform.machine() in ("x86_64", "AMD64"):
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 @dataclass(frozen=True)
