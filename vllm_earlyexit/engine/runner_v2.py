@@ -101,7 +101,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         self._newest: dict[str, Newest] = {}
         self._sampled: list[str] = []
         """For which requests something could be drafted last; others keep what was drafted for them."""
-        self._drafts_later = vllm_config.scheduler_config.async_scheduling and not self.config.exits_early
+        self._drafts_later = vllm_config.scheduler_config.async_scheduling
         self._due: functools.partial[torch.Tensor] | None = None
         """Drafts after the last batch, if that is still to be done."""
         self._planned: dict[str, int] = {}
@@ -169,14 +169,14 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
     def cut_down(self, output: Any) -> Any:
         """Return a step as it is run; with async scheduling it was scheduled before it was known what was drafted.
 
-        Nor has anything been drafted yet, unless tokens leave early: who drafts waits for the device, and until now the
-        scheduler has used that time. Only what is run next is drafted for, so that its slots are its own still.
+        Nor has anything been drafted yet: who drafts waits for the device, and until now the scheduler has used that
+        time. Only what is run next is drafted for, so that its slots are its own still.
 
         Args:
             output: vLLM's ``SchedulerOutput``.
         """
         self._planned, self._surplus = {}, {}
-        if not self.vllm_config.scheduler_config.async_scheduling:
+        if not self._drafts_later:
             return output
         self._planned = {req_id: len(room) for req_id, room in output.scheduled_spec_decode_tokens.items()}
         if self._due is not None:

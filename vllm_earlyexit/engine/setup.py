@@ -84,6 +84,9 @@ def set_up(engine_args: Any, knobs: Knobs, model_config: Any, parallel_config: A
     config = resolve(knobs, model_config.model, model_config.revision, engine_args.download_dir)
     config = replace(config, counters=counters.folder())
 
+    if config.exits_early:  # responses say what has left, which is known when the next step's drafts are
+        engine_args.async_scheduling = False
+
     os.environ[ACTIVE_VARIABLE] = "1"
     seams.apply("engine")
     model_config.hf_config.architectures = [architecture]
