@@ -83,7 +83,7 @@ def test_preempted_requests_start_again(smollm2: Path, prompts: list[str], left_
     with engine(smollm2, speculative_config=FIXED, **tight) as llm:
         assert is_async(llm)
         found = answer(llm, few, len(few), max_tokens=24)
-        assert metric(llm, "num_preemptions") > 1
+        assert metric(llm, "num_preemptions") > 0
         assert counters(llm)["accepted_tokens"] > 10
         assert_nothing_is_left(llm)
     with engine(smollm2, max_model_len=256) as llm:
