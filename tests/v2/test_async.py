@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine import reference
 from tests.engine.conftest import adapter_of, counters, engine
 from tests.engine.test_early_exit import OPEN
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import assert_nothing_is_left, chat_ids, metric
+from tests.v2.test_sampling import CHOICE, REGEX, structured
 from vllm_earlyexit.engine.ahead import room
 
 FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
@@ -140,19 +140,7 @@ def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path, left_on: 
     for setting in (None, FIXED | {"num_speculative_tokens": 5}):
         with engine(smollm2, speculative_config=setting) as llm:
             assert is_async(llm)
-            kinds: list[dict[str, Any] | None] = [
-                {"choice": ["Positive", "Negative"]},
-                None,
-                {"regex": r"(Yes|No), because [a-z]{4,8}\."},
-            ]
-            params = [
-                SamplingParams(
-                    temperature=0, max_tokens=12, structured_outputs=kind and StructuredOutputsParams(**kind)
-                )
-                for kind in kinds
-            ]
-            asked: list[Any] = [[{"role": "user", "content": "Is the sky blue?"}]] * len(params)
-            found.append([output.outputs[0].text for output in llm.chat(asked, params, use_tqdm=False)])
+            found.append(structured(llm, [CHOICE, None, REGEX]))
             drafted = counters(llm) if setting else {}
     assert found[0] == found[1]
     assert drafted["accepted_tokens"] > 0

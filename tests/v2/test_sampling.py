@@ -3,6 +3,7 @@
 On a model with few tokens, because Triton's interpreter takes seconds for a sample of SmolLM2's 49,152.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logprobs, sampled": SEEDED | {"logprobs": 2},
     "prompt logprobs": {"prompt_logprobs": 2},
 }
+CHOICE, REGEX = {"choice": ["Positive", "Negative"]}, {"regex": r"(Yes|No), because [a-z]{4,8}\."}
 REPORT_ONLY = {"logprobs", "prompt logprobs"}
 
 
@@ -127,20 +129,19 @@ def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
     assert answers[0] == answers[1] == answers[2]
 
 
+def structured(llm: Any, kinds: Sequence[dict[str, Any] | None]) -> list[str]:
+    """Ask one question, each time for an answer of another structure, or of none; return the answers."""
+    asked: list[Any] = [[{"role": "user", "content": "Is the sky blue?"}]] * len(kinds)
+    each = [kind and StructuredOutputsParams(**kind) for kind in kinds]
+    params = [SamplingParams(temperature=0, max_tokens=12, structured_outputs=structure) for structure in each]
+    return [output.outputs[0].text for output in llm.chat(asked, params, use_tqdm=False)]
+
+
 def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path):
     found = []
     for setting in (None, {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}):
         with engine(smollm2, speculative_config=setting) as llm:
-            kinds: list[dict[str, Any]] = [
-                {"choice": ["Positive", "Negative"]},
-                {"regex": r"(Yes|No), because [a-z]{4,8}\."},
-            ]
-            params = [
-                SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(**kind))
-                for kind in kinds
-            ]
-            asked: list[Any] = [[{"role": "user", "content": "Is the sky blue?"}]] * len(params)
-            found.append([output.outputs[0].text for output in llm.chat(asked, params, use_tqdm=False)])
+            found.append(structured(llm, [CHOICE, REGEX]))
             drafted = counters(llm) if setting else {}
     assert found[0] == found[1]
     assert drafted["accepted_tokens"] > 0

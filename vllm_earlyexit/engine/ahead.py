@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_earlyexit.engine import responses
+
 PLACEHOLDER = -1
 """vLLM's, for a draft token that is not known yet."""
 SHARE = 2
@@ -26,13 +28,14 @@ def cut_down(output: Any, drafted: Mapping[str, int], computed: Mapping[str, int
         computed: Tokens whose KV is written, of requests that have sampled. The scheduler counts drafts of which it
             does not yet know whether they were accepted.
     """
-    rooms = {req_id: room for req_id, room in output.scheduled_spec_decode_tokens.items() if PLACEHOLDER in room}
-    surplus = {req_id: len(room) - min(len(room), drafted.get(req_id, 0)) for req_id, room in rooms.items()}
-    counts = {req_id: count - surplus.get(req_id, 0) for req_id, count in output.num_scheduled_tokens.items()}
-    cut = {
-        req_id: room[: len(room) - surplus.get(req_id, 0)]
-        for req_id, room in output.scheduled_spec_decode_tokens.items()
+    rooms = output.scheduled_spec_decode_tokens
+    surplus = {
+        req_id: more
+        for req_id, room in rooms.items()
+        if PLACEHOLDER in room and (more := len(room) - drafted.get(req_id, 0)) > 0
     }
+    counts = {req_id: count - surplus.get(req_id, 0) for req_id, count in output.num_scheduled_tokens.items()}
+    cut = {req_id: room[: len(room) - surplus.get(req_id, 0)] for req_id, room in rooms.items()}
     cached = output.scheduled_cached_reqs
     each = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
     exact = [computed.get(req_id, count) for req_id, count in each]
@@ -43,7 +46,7 @@ def cut_down(output: Any, drafted: Mapping[str, int], computed: Mapping[str, int
         scheduled_spec_decode_tokens={req_id: room for req_id, room in cut.items() if room},
         scheduled_cached_reqs=replace(cached, num_computed_tokens=exact),
     )
-    return run, {req_id: count for req_id, count in surplus.items() if count}
+    return run, surplus
 
 
 def without_surplus(grammar: Any, planned: Mapping[str, int], surplus: Mapping[str, int]) -> Any:
@@ -64,9 +67,8 @@ def without_surplus(grammar: Any, planned: Mapping[str, int], surplus: Mapping[s
 
 
 def attach(output: Any, surplus: Mapping[str, int]) -> None:
-    """Attach to a step's output, vLLM's ``ModelRunnerOutput`` or a promise of it, which room was not needed."""
-    if surplus:
-        setattr(getattr(output, "model_runner_output", output), SURPLUS, dict(surplus))
+    """Attach to a step's output which room was not needed."""
+    responses.attach(output, SURPLUS, surplus)
 
 
 def discount(scheduled: Any, output: Any) -> None:

@@ -272,9 +272,7 @@ class SelfExitDrafter:
                 break
             cut, before, left = exit_, of_rows(previous, step.rows), dict[int, Left]()
             with kv_context(step.rows, None, step.positions) as positions:
-                at_cut, asked = self._step(cut, step.input_ids, positions, before)
-            if drawing is not None:
-                asked = drawing.instead(frontier.drafting, positions, asked, self.exits[cut].head)
+                at_cut, asked = self._step(cut, frontier.drafting, step.input_ids, positions, before, drawing)
             frontier.keep(at_cut.tensors, cut)
             asked, final = self._leave(step.rows, asked, cut, position, frontier, leaving)
             tokens, decision = self._decide(step.rows, asked, cut, final)
@@ -301,12 +299,23 @@ class SelfExitDrafter:
                 break
 
     def _step(
-        self, cut: int, input_ids: torch.Tensor, positions: torch.Tensor, before: torch.Tensor
+        self,
+        cut: int,
+        rows: Sequence[int],
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        before: torch.Tensor,
+        drawing: Drawing | None,
     ) -> tuple[IntermediateTensors, Asked]:
-        """Feed tokens through the layers below a cut and ask the head there; shapes as in ``Head``."""
+        """Feed tokens of some sequences through the layers below a cut and ask the head there; shapes as in ``Head``.
+
+        What the head says is what these sequences draft: drawn, for those that draw.
+        """
+        head = self.exits[cut].head
         at_cut = run_segments(self.exits[cut].below, input_ids, positions)
         assert isinstance(at_cut, IntermediateTensors)
-        return at_cut, self.exits[cut].head(residual_stream(at_cut), positions, before)
+        asked = head(residual_stream(at_cut), positions, before)
+        return at_cut, asked if drawing is None else drawing.instead(rows, positions, asked, head)
 
     def _ask_ahead(
         self,
@@ -344,9 +353,7 @@ class SelfExitDrafter:
                 ids, before = ids[going], before[going]
             on = step.rows if len(rows) == len(step.rows) else torch.tensor(rows, device=ids.device)
             with kv_context(on, None, on_host) as positions:
-                at_cut, asked = self._step(cut, ids, positions, before)
-            if drawing is not None:
-                asked = drawing.instead(rows, positions, asked, self.exits[cut].head)
+                at_cut, asked = self._step(cut, rows, ids, positions, before, drawing)
             ran.append(Unseen(rows, at_cut.tensors, asked))
             last, ids, before = rows, asked.token_ids.to(ids.dtype), asked.features
         return ran

@@ -15,15 +15,17 @@ LEFT = "self_exit_left"
 KEY = "self_exit"
 
 
-def attach(output: Any, left: Mapping[str, Mapping[int, int]]) -> None:
-    """Attach to a step's output, vLLM's ``ModelRunnerOutput`` or a promise of it, which tokens have left.
+def attach(output: Any, name: str, told: Mapping[str, Any]) -> None:
+    """Attach to a step's output, vLLM's ``ModelRunnerOutput`` or a promise of it, what a worker tells the scheduler.
 
     Args:
         output: The step's.
-        left: By request id, the exit layer of each new token that has left, by its number in the step.
+        name: ``LEFT`` for the exit layer of each new token that has left, by its number in the step, or
+            ``ahead.SURPLUS``.
+        told: That, by request id; nothing is attached if it is empty.
     """
-    if left:
-        setattr(getattr(output, "model_runner_output", output), LEFT, left)
+    if told:
+        setattr(getattr(output, "model_runner_output", output), name, told)
 
 
 def keep(scheduler: Any, output: Any) -> None:

@@ -455,7 +455,7 @@ class SelfExit:
     def tell(self, output: Any) -> None:
         """Attach to a step's output which of its tokens have left; see ``responses``."""
         left, self._left_now = self._left_now, {}
-        responses.attach(output, left)
+        responses.attach(output, responses.LEFT, left)
 
     @contextmanager
     def _kv_context(

@@ -102,8 +102,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         self._sampled: list[str] = []
         """For which requests something could be drafted last; others keep what was drafted for them."""
         self._drafts_later = vllm_config.scheduler_config.async_scheduling
-        self._due: functools.partial[torch.Tensor] | None = None
-        """Drafts after the last batch, if that is still to be done."""
+        self._due: tuple[InputBatch, Callable[[Mapping[str, int]], torch.Tensor]] | None = None
+        """The last batch, and what drafts after it, if that is still to be done."""
         self._planned: dict[str, int] = {}
         self._surplus: dict[str, int] = {}
         self._left: list[tuple[Request, Mapping[int, Left], list[int], int]] = []
@@ -180,9 +180,9 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             return output
         self._planned = {req_id: len(room) for req_id, room in output.scheduled_spec_decode_tokens.items()}
         if self._due is not None:
-            after, self._due = self._due, None
-            index, drafts = after.args[0].idx_mapping, after(self._planned)
-            self._runner.req_states.draft_tokens[index] = drafts.to(index.device)
+            (batch, after), self._due = self._due, None
+            drafts = after(self._planned).to(self._runner.device)
+            self._runner.req_states.draft_tokens[batch.idx_mapping] = drafts
         drafted = {req_id: len(newest.draft) for req_id, newest in self._newest.items()}
         computed = {req_id: newest.position for req_id, newest in self._newest.items()}
         run, self._surplus = ahead.cut_down(output, drafted, computed)
@@ -297,7 +297,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             longest = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
             after = functools.partial(self._draft_after, input_batch, last_hidden_states, num_sampled, last_sampled)
             if self._drafts_later:
-                self._due = after
+                self._due = input_batch, after
             else:
                 drafts = after(dict.fromkeys(input_batch.req_ids, longest))
         return drafts.to(last_hidden_states.device)
