@@ -4,8 +4,9 @@
         --prompts FILE.jsonl --configs ar self-exit early:resume:0.9 depth:22 --concurrency 8 --out FOLDER
 
 Each configuration answers greedily, in a process of its own; those that differ in accuracy alone share one. Plain vLLM
-then says how likely the full model finds the answers to ``--prompts``. Answers to HumanEval are run in subprocesses
-with limits on time, memory and files; that protects against accidents, not against malice.
+then says how likely the full model finds the answers to ``--prompts``. With ``--warm-up`` each has answered other
+prompts before, so that those that exit early have checked their first tokens. Answers to HumanEval are run in
+subprocesses with limits on time, memory and files; that protects against accidents, not against malice.
 """
 
 import argparse
@@ -133,14 +134,24 @@ def own_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def answered(
-    configs: list[str], setup: Setup, tasks: list[Task], concurrency: int
+    configs: list[str], setup: Setup, tasks: list[Task], concurrency: int, warm_up: list[str]
 ) -> list[list[tuple[Run, list[str]]]]:
-    """Return for each configuration of one family what its engine answered to each task."""
+    """Return for each configuration of one family what its engine answered to each task.
+
+    Args:
+        configs: The family.
+        setup: What they share.
+        tasks: The tasks.
+        concurrency: Requests at a time.
+        warm_up: Prompts that every configuration answers before them, as a server would have.
+    """
     engine = VLLMEngine(configs[0], setup)
     finished(engine.running(tasks[0].prompts[:2], concurrency))
     found = []
     for config in configs:
         adjust(engine, family(config)[1])
+        if warm_up:
+            finished(engine.running(warm_up, concurrency))
         found.append([])
         for task in tasks:
             run = finished(engine.running(task.prompts, concurrency))
@@ -173,6 +184,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--reasoning", nargs="*", default=[], help="Task families of reasoning-gym.")
     parser.add_argument("--prompts", type=Path, help="JSON lines with turns, to be judged by the full model.")
     parser.add_argument("--num-prompts", type=int, default=200, help="Of each task.")
+    parser.add_argument("--warm-up", type=Path, help="JSON lines with turns, answered before the tasks.")
+    parser.add_argument("--num-warm-up", type=int, default=8, help="How many of these.")
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--configs", nargs="+", default=["ar", "self-exit", "early:resume:0.9"])
@@ -203,12 +216,15 @@ def main() -> None:
     if options.prompts:
         asked = spread([item["turns"][0] for item in read_records(options.prompts)], options.num_prompts)
         tasks.append(Task("prompts", asked, [{} for _ in asked]))
+    warm_up = []
+    if options.warm_up:
+        warm_up = spread([item["turns"][0] for item in read_records(options.warm_up)], options.num_warm_up)
     records: list[dict[str, Any]] = []
     outputs: dict[str, list[list[list[int]]]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
     for configs in families(options.configs):
         with own_process() as pool:
-            done = pool.submit(answered, configs, setup, tasks, options.concurrency).result()
+            done = pool.submit(answered, configs, setup, tasks, options.concurrency, warm_up).result()
         for config, results in zip(configs, done, strict=True):
             for task, (run, answers) in zip(tasks, results, strict=True):
                 outputs.setdefault(task.name, []).append(run.outputs)

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from filelock import FileLock
 from tests import interpreter
 from tests.engine.heads import ladder_heads
 from tests.engine.reference import Reference, answer
+
+Shared = Callable[[str, Callable[[], Any]], Any]
 
 
 def clean_up() -> None:
@@ -76,20 +78,32 @@ def ladder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def plain(
-    smollm2: Path, prompts: list[str], matrix: str, worker_id: str, tmp_path_factory: pytest.TempPathFactory
-) -> Reference:
-    """Processes that share the tests share its answers: the first one that needs them asks for them."""
-    assert len(prompts) >= 24
-    sizes = (8,) if matrix == "small" else (8, 1)
+def shared(worker_id: str, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Makes what all processes that share the tests need: the first one that does. It goes through JSON."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent
-    answers = folder / "plain.json"
-    with FileLock(folder / "plain.lock"):
-        if not answers.exists():
-            with engine(smollm2) as llm:
-                answers.write_text(json.dumps([answer(llm, prompts, size) for size in sizes]))
-    return Reference(smollm2, prompts, dict(zip(sizes, json.loads(answers.read_text()), strict=True)))
+
+    def made(name: str, make: Callable[[], Any]) -> Any:
+        kept = folder / f"{name}.json"
+        with FileLock(folder / f"{name}.lock"):
+            if not kept.exists():
+                kept.write_text(json.dumps(make()))
+        return json.loads(kept.read_text())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def plain(smollm2: Path, prompts: list[str], matrix: str, shared: Shared) -> Reference:
+    """Plain vLLM's answers to all prompts."""
+    assert len(prompts) >= 24
+    sizes = (8,) if matrix == "small" else (8, 1)
+
+    def ask() -> list[list[list[int]]]:
+        with engine(smollm2) as llm:
+            return [answer(llm, prompts, size) for size in sizes]
+
+    return Reference(smollm2, prompts, dict(zip(sizes, shared("plain", ask), strict=True)))
 
 
 @pytest.fixture(autouse=True)

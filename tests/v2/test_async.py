@@ -15,10 +15,10 @@ from tests.engine.conftest import adapter_of, counters, engine
 from tests.engine.test_early_exit import OPEN
 from tests.engine.test_lossless import draft_from_each_exit_in_turn
 from tests.engine.test_scheduling import assert_nothing_is_left, chat_ids, metric
+from tests.v2.conftest import FIXED
 from tests.v2.test_sampling import CHOICE, REGEX, structured
 from vllm_earlyexit.engine.ahead import room
 
-FIXED = {"method": "self_exit", "policy": "fixed", "num_speculative_tokens": 3}
 TOKENS = 16
 answer = partial(reference.answer, max_tokens=TOKENS)
 
