@@ -25,12 +25,17 @@ from vllm_earlyexit.heads.modules import build_head
 HIDDEN, VOCAB, DRAFTED = 64, 64, 48
 
 
-def recurrent_heads(folder: Path, model: Path) -> Path:
-    """Write a head that is near the shared one and attends to the last layer; it drafts three tokens of four."""
+def recurrent_heads(folder: Path, model: Path, shared: bool = False) -> Path:
+    """Write a head that is near the shared one and attends to the last layer; it drafts three tokens of four.
+
+    If it is to be ``shared``, it says what the shared head says.
+    """
     torch.manual_seed(0)
     head = build_head("recurrent", HIDDEN, 64, HIDDEN)
     for parameter in head.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data += 0.0 if shared else 0.1 * torch.randn_like(parameter)
+    if shared:
+        torch.nn.init.zeros_(head.get_parameter("recurrence.weight"))
     position = PositionCalibration(
         agreement=0.5, entropy=(0.1, 3.0), probability=(0.9, 0.3), expected_calibration_error=0.0
     )
@@ -49,10 +54,11 @@ def recurrent_heads(folder: Path, model: Path) -> Path:
         hidden_size=HIDDEN,
         num_layers=4,
         vocab_size=VOCAB,
-        draft_vocab_size=DRAFTED,
+        draft_vocab_size=VOCAB if shared else DRAFTED,
         exits=(exit_config,),
     )
-    Heads(config, {2: head}, torch.randperm(VOCAB)[:DRAFTED].sort().values).save(folder, storage="float32")
+    drafted = None if shared else torch.randperm(VOCAB)[:DRAFTED].sort().values
+    Heads(config, {2: head}, drafted).save(folder, storage="float32")
     return folder
 
 

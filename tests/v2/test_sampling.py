@@ -3,6 +3,7 @@
 On a model with few tokens, because Triton's interpreter takes seconds for a sample of SmolLM2's 49,152.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import adapter_of, counters, engine
+from tests.engine.test_early_exit import LOW, OPEN, counts
 from tests.engine.test_ranks import recurrent_heads
 from tests.engine.test_sampling import SEEDED, Answers, values
 from tests.engine.test_statistics import exact_distribution, model, pearson, sample
@@ -44,8 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
     "logprobs, sampled": SEEDED | {"logprobs": 2},
     "prompt logprobs": {"prompt_logprobs": 2},
 }
-CHOICE, REGEX = {"choice": ["Positive", "Negative"]}, {"regex": r"(Yes|No), because [a-z]{4,8}\."}
+CHOICE: dict[str, Any] = {"choice": ["Positive", "Negative"]}
+REGEX: dict[str, Any] = {"regex": r"(Yes|No), because [a-z]{4,8}\."}
 REPORT_ONLY = {"logprobs", "prompt logprobs"}
+FULL_DEPTH = {"logprobs", "logprobs, sampled", "logit bias", "max_tokens 2", "min_tokens"}
+"""Log-probabilities and biases are for the full model; two tokens leave no room, and ``min_tokens`` ends at once."""
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +108,18 @@ def test_sampled_outputs_follow_the_full_model(model: Path):
     assert statistic < limit
 
 
-def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
-    """Its layer above the exit adds nothing, so that the head says what the model says."""
-    folder = tiny_model(tmp_path / "model", layers=2)
+def without_effect(folder: Path, layers: Sequence[int]) -> Path:
+    """Let layers of a model add nothing, so that a head below them says what the model says."""
     weights = load_file(folder / "model.safetensors")
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        weights[f"model.layers.1.{name}.weight"].zero_()
+    for layer in layers:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{layer}.{name}.weight"].zero_()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
+    folder = without_effect(tiny_model(tmp_path / "model", layers=2), [1])
     setting = {"method": "self_exit", "head": "shared", "exit_layer": 1, "num_speculative_tokens": 3}
     params = [
         SamplingParams(temperature=temperature, seed=seed, max_tokens=TOKENS, detokenize=False)
@@ -129,11 +139,29 @@ def test_a_head_that_is_right_drafts_what_will_be_sampled(tmp_path: Path):
     assert answers[0] == answers[1] == answers[2]
 
 
-def structured(llm: Any, kinds: Sequence[dict[str, Any] | None]) -> list[str]:
+def test_what_leaves_is_sampled_with_all_parameters(tmp_path: Path):
+    """From a head that is right, with the random numbers of the full model: early tokens are plain decoding's."""
+    folder = without_effect(tiny_model(tmp_path / "model"), [2, 3])
+    heads = recurrent_heads(tmp_path / "heads", folder, shared=True)
+    early = {"policy": "entropy", "mode": "early_exit", "early_exit_accuracy": 0.6, "fill_in": "propagate"}
+    plain, ours = answer(folder, None), answer(folder, {"method": "self_exit", "model": str(heads)} | early)
+    assert {case: ours.tokens(case) for case in CASES} == {case: plain.tokens(case) for case in CASES}
+    left = {case: sum(map(tokens_left, ours.outputs[case])) for case in CASES}
+    assert {case for case, count in left.items() if not count} == FULL_DEPTH, left
+
+
+def tokens_left(output: Any) -> int:
+    """How many of a request's tokens have left early."""
+    said = (output.kv_transfer_params or {}).get("self_exit", {})
+    return sum(count for layer, count in said.get("tokens_per_exit", {}).items() if layer == "2")
+
+
+def structured(llm: Any, kinds: Sequence[dict[str, Any] | None], extra_args: dict[str, Any] | None = None) -> list[str]:
     """Ask one question, each time for an answer of another structure, or of none; return the answers."""
     asked: list[Any] = [[{"role": "user", "content": "Is the sky blue?"}]] * len(kinds)
     each = [kind and StructuredOutputsParams(**kind) for kind in kinds]
-    params = [SamplingParams(temperature=0, max_tokens=12, structured_outputs=structure) for structure in each]
+    fixed: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_args": extra_args}
+    params = [SamplingParams(**fixed, structured_outputs=structure) for structure in each]
     return [output.outputs[0].text for output in llm.chat(asked, params, use_tqdm=False)]
 
 
@@ -145,3 +173,11 @@ def test_structured_outputs_are_those_of_plain_decoding(smollm2: Path):
             drafted = counters(llm) if setting else {}
     assert found[0] == found[1]
     assert drafted["accepted_tokens"] > 0
+
+
+def test_structured_outputs_that_leave_stay_valid(smollm2: Path):
+    with engine(smollm2, speculative_config=OPEN) as llm:
+        chosen, said = structured(llm, [CHOICE, REGEX], LOW)
+        assert counts(llm)["early_tokens"] > 0
+    assert chosen in CHOICE["choice"]
+    assert re.fullmatch(REGEX["regex"], said), said

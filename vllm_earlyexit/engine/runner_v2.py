@@ -21,7 +21,6 @@ from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
@@ -29,7 +28,7 @@ from vllm_earlyexit.engine import ahead
 from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 from vllm_earlyexit.engine.verification import is_greedy, may_leave
-from vllm_earlyexit.engine.verification_v2 import PlainSampler
+from vllm_earlyexit.engine.verification_v2 import PlainSampler, draw, lets_leave, sample_from_head
 from vllm_earlyexit.errors import EarlyExitError
 
 
@@ -260,10 +259,11 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
 
     def _check(self) -> None:
         """Compare what has left with what the full model has chosen in its place."""
-        if not self._left:
+        of_each, self._left = self._left, []
+        if not of_each:
             return
         choices = torch.cat(self._runner.rejection_sampler.choices).tolist()
-        for request, left, draft, start in self._left:
+        for request, left, draft, start in of_each:
             self.check(request, left, draft, choices[start : start + len(draft)])
 
     def propose(
@@ -343,15 +343,15 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         drafts = torch.zeros(len(counts), self.config.num_speculative_tokens, dtype=torch.int64)
         if not rows:
             return drafts
-        places = batch.idx_mapping_np.tolist()
+        places, sampler = batch.idx_mapping_np.tolist(), self._runner.sampler
 
         def sampled(row: int) -> Sampled:
             request, token, position = requests[row], tokens[row], positions[row]
             outputs, params = position + 1 - request.prompt_len, request.params
             limit = self.limit(params, outputs, token, position, room[batch.req_ids[row]])
-            leaves = self.config.exits_early and is_greedy(params) and may_leave(params, outputs)
+            leaves = self.config.exits_early and may_leave(params, outputs) and lets_leave(sampler, params)
             wish, draws = self.wish(params, early=leaves), self.config.draws and params.temperature > 0
-            return Sampled(places[row], token, position, limit, wish, draws=draws)
+            return Sampled(places[row], token, position, limit, wish, is_greedy(params), draws)
 
         def describe() -> list[Sampled]:
             return [sampled(row) for row in rows]
@@ -360,8 +360,13 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             at = [int(batch.cu_num_logits_np[row]) + counts[row] - 1 for row in rows]
             return hidden[batch.logits_indices[at]]
 
-        sampling = [requests[row] for row in rows]
-        found = self.draft(RunnerV2(self._runner), sampling, describe, previous, draw=self._draw)
+        def from_head(of: Sequence[int], logits: torch.Tensor, drafted: Sequence[Sequence[int]]) -> torch.Tensor:
+            chosen = [rows[n] for n in of]
+            newest = [(tokens[row], positions[row]) for row in chosen]
+            return sample_from_head(sampler, [places[row] for row in chosen], logits, drafted, newest)
+
+        sampling, drawn = [requests[row] for row in rows], functools.partial(draw, sampler)
+        found = self.draft(RunnerV2(self._runner), sampling, describe, previous, from_head, drawn)
         for row, draft in zip(rows, found, strict=True):
             self._newest[batch.req_ids[row]].draft.extend(draft)
             drafts[row, : len(draft)] = torch.tensor(draft)
@@ -371,21 +376,6 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         """Return whether a request had ended, but ran once more because that was scheduled before it was known."""
         newest = self._newest.get(req_id)
         return newest is not None and self.over(request.params, newest.position + 1 - request.prompt_len, newest.token)
-
-    def _draw(self, rows: Sequence[int], positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Sample as ``PlainSampler`` will after tokens at these positions, on which V2's random numbers depend."""
-        sampler = self._runner.sampler
-        states, index = sampler.sampling_states, torch.tensor(rows, device=logits.device)
-        return gumbel_sample(
-            logits,
-            index,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            positions,
-            apply_temperature=True,
-            is_drafting=False,
-            use_fp64=sampler.use_fp64_gumbel,
-        )
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: torch.Tensor) -> None:
         """Do nothing: ``propose`` has kept the drafts."""
