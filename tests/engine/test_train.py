@@ -260,6 +260,16 @@ def test_training_stops_early_and_keeps_the_best(model: Path, records: Path, tmp
     assert trained_for(config.provenance["held_out_agreement"]["2"]) == pytest.approx(curve[best], abs=0.01)
 
 
+def test_heads_that_training_makes_worse_stay_what_they_were(model: Path, records: Path, tmp_path: Path):
+    options = TrainingOptions(
+        intermediate_size=96, draft_vocab_size=48, batch_tokens=256, held_out=0.2, evaluations=2, learning_rate=0.1
+    )
+    config = train_heads(str(model), [records], tmp_path / "heads", options=options)["recurrent"].config
+    start, *later = [point["agreement"]["recurrent-2"] for point in config.provenance["curve"]]
+    assert max(map(max, later)) < min(start)
+    assert config.provenance["held_out_agreement"]["2"] == start
+
+
 def test_only_the_asked_draft_positions_are_trained(
     model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

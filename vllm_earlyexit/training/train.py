@@ -344,7 +344,10 @@ def _fit(
     options: TrainingOptions,
     identity: dict[str, Any],
 ) -> Fitted:
-    """Train ``students`` in place with transformers' Trainer, keeping its checkpoints in ``out`` meanwhile."""
+    """Train ``students`` in place with transformers' Trainer, keeping its checkpoints in ``out`` meanwhile.
+
+    What is best when it is measured stays, be it what they were at the start.
+    """
     first = agreement(classroom, students, measured)
     if not any(p.requires_grad for p in students.parameters()):
         return Fitted(0, [{"tokens": 0, "seconds": 0, "agreement": first}])
@@ -361,6 +364,11 @@ def _fit(
     tokens_per_step = sum(sizes) / len(sizes)
     loss_of = LOSSES[options.loss]
     draft_steps = [position - 1 for position in options.draft_positions]
+
+    start = {name: weights.clone() for name, weights in students.state_dict().items()}
+
+    def mean(values: list[float]) -> float:
+        return statistics.mean(values[step] for step in draft_steps)
 
     class Distillation(Trainer):
         def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
@@ -389,9 +397,7 @@ def _fit(
             curve.append(
                 {"tokens": round(self.state.global_step * tokens_per_step), "seconds": spent, "agreement": result}
             )
-            metrics = {
-                f"eval_{name}": statistics.mean(values[step] for step in draft_steps) for name, values in result.items()
-            }
+            metrics = {f"eval_{name}": mean(values) for name, values in result.items()}
             metrics["eval_agreement"] = sum(metrics.values()) / len(metrics)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -441,6 +447,8 @@ def _fit(
         callbacks=[EarlyStoppingCallback(early_stopping_patience=options.patience)],
     )
     trainer.train(resume_from_checkpoint=last)
+    if max(curve, key=lambda point: statistics.mean(map(mean, point["agreement"].values()))) is curve[0]:
+        students.load_state_dict(start)
     return Fitted(round(trainer.state.global_step * tokens_per_step), curve)
 
 
