@@ -8,7 +8,7 @@ import torch
 
 from tests.unit.helpers import make_heads, make_model
 from vllm_earlyexit.config import EarlyExitConfig, knobs_from, resolve
-from vllm_earlyexit.engine.early_exit import LOSSLESS, OFF, EarlyExits, Left, Limits, Promise, Wish, wish_of
+from vllm_earlyexit.engine.early_exit import DOUBT, LOSSLESS, OFF, EarlyExits, Left, Limits, Promise, Wish, wish_of
 from vllm_earlyexit.engine.frontier import Frontier
 from vllm_earlyexit.engine.rounds import Round, Sampled
 from vllm_earlyexit.errors import EarlyExitError
@@ -134,16 +134,16 @@ class TestLimits:
         early = EarlyExits(OPEN, [(EASY, HARD), (EASY,)])
         limits = early.limits(Wish(accuracy=0.9))
         assert limits is not None
-        assert limits.at(0, 0) == pytest.approx(1.0)
-        assert limits.at(0, 1) == limits.at(0, 7) == pytest.approx(0.5)
-        assert limits.at(1, 7) == pytest.approx(1.0)
+        assert limits.at(0, 0) == pytest.approx(1.0, abs=0.01)
+        assert limits.at(0, 1) == limits.at(0, 7) == pytest.approx(0.5, abs=0.01)
+        assert limits.at(1, 7) == pytest.approx(1.0, abs=0.01)
         assert early.limits(LOSSLESS) is None
         assert early.limits(OFF) is None
 
     def test_a_threshold_is_never_above_what_the_lowest_accuracy_allows(self):
         early = EarlyExits(OPEN, [(EASY,)])
         assert early.limits(Wish(threshold=1.5)) == Limits(((1.5,),))
-        assert early.limits(Wish(threshold=100.0)) == Limits(((EASY.threshold(0.8),),))
+        assert early.limits(Wish(threshold=100.0)) == Limits(((EASY.threshold(0.8, DOUBT),),))
         assert early.limits(Wish(threshold=-1.0)) == Limits(((-1.0,),))
 
     def test_memory_stays_bounded(self):
@@ -176,6 +176,27 @@ class TestPromise:
         assert np.mean(kept[-2000:]) > 0.83
         assert 1 - begun.at(0, 0) / 6 < 0.75, "what they would agree on average without correction"
 
+    @pytest.mark.parametrize("surest_err", [0.0, 0.15])
+    def test_tokens_that_never_erred_in_calibration_are_doubted_too(self, surest_err: float):
+        """They are two of three tokens, and err the more often the less sure they are."""
+        knots = [(n / 10, 1.0 if n < 20 else 0.8) for n in range(30)]
+        early, drawn = EarlyExits(OPEN, [(calibrated(*knots),)]), random.Random(0)
+        kept: list[bool | None] = []
+        for _ in range(20_000):
+            limits, unsure = early.limits(Wish(accuracy=0.98)), drawn.uniform(0, 3)
+            assert limits is not None
+            kept.append(None)
+            if unsure <= limits.at(0, 0):
+                kept[-1] = drawn.random() > surest_err + unsure / 10
+                early.checked(Left(0, limits.accuracy), kept[-1])
+        assert sum(one is not None for one in kept[:100]) > 20
+        late = [one for one in kept[10_000:] if one is not None]
+        if surest_err:
+            assert len(late) < 100, "none of them is as good as promised"
+        else:
+            assert len(late) > 500
+            assert np.mean(late) > 0.97
+
     def test_it_is_tried_again_when_nothing_leaves(self):
         promise = Promise()
         for _ in range(20):
@@ -206,7 +227,7 @@ class TestPromise:
                 early.checked(Left(0, limits.accuracy), agreed=drawn.random() < 0.5)
             early.emitted([Left(0, limits.accuracy)] if leaves else [], others=not leaves)
             left.append(leaves)
-        assert sum(left[:1000]) > 50
+        assert sum(left[:1000]) > 20
         assert sum(left[1000:]) < 0.02 * len(left)
 
     def test_a_threshold_promises_nothing(self):

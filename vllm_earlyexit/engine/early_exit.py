@@ -26,8 +26,10 @@ from vllm_earlyexit.heads.checkpoint import PositionCalibration
 MODE, ACCURACY, THRESHOLD = "self_exit_mode", "early_exit_accuracy", "early_exit_threshold"
 PREFIXES = ("self_exit", "early_exit")
 NEVER = -math.inf
-DOUBT = 1.5
+FAR_OFF = 1.5
 """Errors over calibrated errors from which on all are checked."""
+DOUBT = 0.01
+"""See ``PositionCalibration.threshold``; without any, no correction changes limits where calibration saw no error."""
 TRUST = 200
 """Early tokens that are all checked before the operator's rate counts."""
 MOST_LIMITS = 256
@@ -118,18 +120,19 @@ class Promise:
 
     Calibrated error rates are multiplied by a correction, whose logarithm rises with every error and falls a little
     with every token that agreed, so that it comes to rest where errors are as frequent as promised, however wrong
-    calibration is (adaptive conformal inference, Gibbs and Candes 2021). It is never below 1.
+    calibration is (adaptive conformal inference, Gibbs and Candes 2021). It is never below 1. The first errors move it
+    most, as much less as there were more (decaying step sizes, Angelopoulos et al. 2024, arXiv:2402.01139).
     """
 
-    RATE = 0.1
-    """By which an error moves the logarithm."""
+    FIRST_RATE, RATE = 0.5, 0.1
+    """By which the first error and late ones move the logarithm."""
     IDLE, MEMORY = 1000, 0.999
     """Times in a row that a request got tokens of which none had left, and what then remains of the logarithm."""
     STEP = 1.1
     """The correction is rounded to a power of this, so that thresholds change seldom."""
 
     def __init__(self) -> None:
-        self._logarithm, self._idle = 0.0, 0
+        self._logarithm, self._idle, self._errors = 0.0, 0, 0
 
     @property
     def correction(self) -> float:
@@ -138,7 +141,9 @@ class Promise:
 
     def learn(self, accuracy: float, agreed: bool) -> None:
         """Take note of a token that left and was promised to agree at this rate."""
-        self._logarithm = max(0.0, self._logarithm + self.RATE * (accuracy - agreed))
+        rate = max(self.RATE, self.FIRST_RATE / math.sqrt(1 + self._errors))
+        self._logarithm = max(0.0, self._logarithm + rate * (accuracy - agreed))
+        self._errors += not agreed
 
     def emitted(self, left: bool) -> None:
         """Take note of whether of the tokens that a request has got some had left; if none do, it is tried again."""
@@ -195,7 +200,7 @@ class EarlyExits:
         assert lowest is not None
         agreement = 1 - (1 - lowest) / correction
         most = math.inf if wish.threshold is None else wish.threshold
-        limits = tuple(tuple(min(most, at.threshold(agreement)) for at in exit_) for exit_ in self._positions)
+        limits = tuple(tuple(min(most, at.threshold(agreement, DOUBT)) for at in exit_) for exit_ in self._positions)
         return Limits(limits, wish.accuracy)
 
     def checks(self) -> bool:
@@ -204,7 +209,7 @@ class EarlyExits:
         At the operator's rate; all of them at first, and while they are seen to agree far less often than calibration
         says. None at a rate of 0.
         """
-        rate, doubted = self._config.check_rate, self.promise.correction >= DOUBT
+        rate, doubted = self._config.check_rate, self.promise.correction >= FAR_OFF
         self._due += 1 if rate and (doubted or self.counts[CHECKED_TOKENS] < TRUST) else rate
         if self._due < 1:
             return False
