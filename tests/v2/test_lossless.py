@@ -113,7 +113,7 @@ def test_early_exits_are_those_of_v1(
         assert exits(said) == exits(on_v1_said)
         assert [one is not None for one in exits(said)] == [False, True, False, True]
         assert dict(counts(llm)) == counted_on_v1
-        assert counted_on_v1["early_tokens"] > 20
+        assert counted_on_v1["early_tokens"] > 10
         plain.check([found[0], plain.answers[BATCH][1], found[2], plain.answers[BATCH][3]], BATCH)
 
 
