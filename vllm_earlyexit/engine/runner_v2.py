@@ -28,7 +28,7 @@ from vllm_earlyexit.engine import ahead
 from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 from vllm_earlyexit.engine.verification import is_greedy, may_leave
-from vllm_earlyexit.engine.verification_v2 import PlainSampler, draw, lets_leave, sample_from_head
+from vllm_earlyexit.engine.verification_v2 import PlainSampler
 from vllm_earlyexit.errors import EarlyExitError
 
 
@@ -349,7 +349,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             request, token, position = requests[row], tokens[row], positions[row]
             outputs, params = position + 1 - request.prompt_len, request.params
             limit = self.limit(params, outputs, token, position, room[batch.req_ids[row]])
-            leaves = self.config.exits_early and may_leave(params, outputs) and lets_leave(sampler, params)
+            leaves = self.config.exits_early and may_leave(params, outputs) and PlainSampler.lets_leave(sampler, params)
             wish, draws = self.wish(params, early=leaves), self.config.draws and params.temperature > 0
             return Sampled(places[row], token, position, limit, wish, is_greedy(params), draws)
 
@@ -363,9 +363,9 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         def from_head(of: Sequence[int], logits: torch.Tensor, drafted: Sequence[Sequence[int]]) -> torch.Tensor:
             chosen = [rows[n] for n in of]
             newest = [(tokens[row], positions[row]) for row in chosen]
-            return sample_from_head(sampler, [places[row] for row in chosen], logits, drafted, newest)
+            return PlainSampler.sample_from_head(sampler, [places[row] for row in chosen], logits, drafted, newest)
 
-        sampling, drawn = [requests[row] for row in rows], functools.partial(draw, sampler)
+        sampling, drawn = [requests[row] for row in rows], functools.partial(PlainSampler.draw, sampler)
         found = self.draft(RunnerV2(self._runner), sampling, describe, previous, from_head, drawn)
         for row, draft in zip(rows, found, strict=True):
             self._newest[batch.req_ids[row]].draft.extend(draft)

@@ -80,6 +80,66 @@ class PlainSampler(RejectionSampler):
         width = self.num_speculative_steps + 1
         return processed, *kept(tokens, verify_draft_sampled, expanded_local_pos, len(idx_mapping), width, left)
 
+    @staticmethod
+    def draw(sampler: Any, rows: Sequence[int], positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Sample as verification will after tokens at these positions, as far as that depends on temperature alone."""
+        return _sample(sampler, logits, torch.tensor(rows, device=logits.device), positions, temperature=True)
+
+    @staticmethod
+    def lets_leave(sampler: Any, params: Any) -> bool:
+        """Return whether a request may sample from exit heads: not beside what keeps books of sampled tokens.
+
+        Args:
+            sampler: V2's.
+            params: The request's sampling parameters.
+        """
+        known = (LogitBiasState, PenaltiesState, BadWordsState)
+        return params.thinking_token_budget is None and all(type(one) in known for one in sampler.logits_processors)
+
+    @staticmethod
+    def sample_from_head(
+        sampler: Any,
+        rows: Sequence[int],
+        logits: torch.Tensor,
+        drafts: Sequence[Sequence[int]],
+        newest: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """Let some requests sample from other logits than the full model's, with all their parameters.
+
+        V2's sampler learns of drafts from the tokens that stand before a token in its batch. So each request's newest
+        token and its draft are laid out as if they were verified, and of these places only the last one is sampled.
+
+        Args:
+            sampler: V2's.
+            rows: The requests' rows in its states.
+            logits: For each of them, float32 [n, vocab_size].
+            drafts: What is to follow the newest token of each before.
+            newest: That token and its position.
+
+        Returns:
+            Token ids, int64 [n].
+        """
+        counts = [1 + len(draft) for draft in drafts]
+        fed = [token for (first, _), draft in zip(newest, drafts, strict=True) for token in (first, *draft)]
+        depth = [place for count in counts for place in range(count)]
+        starts = [position for (_, position), count in zip(newest, counts, strict=True) for _ in range(count)]
+        device = logits.device
+        each, index = torch.tensor(counts, device=device), torch.tensor(rows, dtype=torch.int32, device=device)
+        local = torch.tensor(depth, dtype=torch.int32, device=device)
+        positions = torch.tensor(starts, device=device) + local
+        processed = sampler.apply_sampling_params(
+            logits.repeat_interleave(each, dim=0),
+            index.repeat_interleave(each),
+            index,
+            np.array(rows),
+            positions,
+            torch.tensor(fed, dtype=torch.int32, device=device),
+            local,
+            np.array([position + count for (_, position), count in zip(newest, counts, strict=True)]),
+        )
+        last = each.cumsum(0) - 1
+        return _sample(sampler, processed[last], index, positions[last]).to(torch.int64)
+
 
 def kept(
     tokens: torch.Tensor,
@@ -132,63 +192,3 @@ def _sample(
         is_drafting=False,
         use_fp64=sampler.use_fp64_gumbel,
     )
-
-
-def draw(sampler: Any, rows: Sequence[int], positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Sample as ``PlainSampler`` will after tokens at these positions, as far as that depends on temperature alone."""
-    return _sample(sampler, logits, torch.tensor(rows, device=logits.device), positions, temperature=True)
-
-
-def lets_leave(sampler: Any, params: Any) -> bool:
-    """Return whether a request may sample from exit heads: not beside what keeps books of sampled tokens.
-
-    Args:
-        sampler: V2's.
-        params: The request's sampling parameters.
-    """
-    known = (LogitBiasState, PenaltiesState, BadWordsState)
-    return params.thinking_token_budget is None and all(type(one) in known for one in sampler.logits_processors)
-
-
-def sample_from_head(
-    sampler: Any,
-    rows: Sequence[int],
-    logits: torch.Tensor,
-    drafts: Sequence[Sequence[int]],
-    newest: Sequence[tuple[int, int]],
-) -> torch.Tensor:
-    """Let some requests sample from other logits than the full model's, with all their parameters.
-
-    V2's sampler learns of drafts from the tokens that stand before a token in its batch. So each request's newest token
-    and its draft are laid out as if they were verified, and of these places only the last one is sampled.
-
-    Args:
-        sampler: V2's.
-        rows: The requests' rows in its states.
-        logits: For each of them, float32 [n, vocab_size].
-        drafts: What is to follow the newest token of each before.
-        newest: That token and its position.
-
-    Returns:
-        Token ids, int64 [n].
-    """
-    counts = [1 + len(draft) for draft in drafts]
-    fed = [token for (first, _), draft in zip(newest, drafts, strict=True) for token in (first, *draft)]
-    depth = [place for count in counts for place in range(count)]
-    starts = [position for (_, position), count in zip(newest, counts, strict=True) for _ in range(count)]
-    device = logits.device
-    each, index = torch.tensor(counts, device=device), torch.tensor(rows, dtype=torch.int32, device=device)
-    local = torch.tensor(depth, dtype=torch.int32, device=device)
-    positions = torch.tensor(starts, device=device) + local
-    processed = sampler.apply_sampling_params(
-        logits.repeat_interleave(each, dim=0),
-        index.repeat_interleave(each),
-        index,
-        np.array(rows),
-        positions,
-        torch.tensor(fed, dtype=torch.int32, device=device),
-        local,
-        np.array([position + count for (_, position), count in zip(newest, counts, strict=True)]),
-    )
-    last = each.cumsum(0) - 1
-    return _sample(sampler, processed[last], index, positions[last]).to(torch.int64)
