@@ -25,12 +25,23 @@ def answer(llm: Any, prompts: list[str], batch_size: int, max_tokens: int = MAX_
 
 @dataclass
 class Reference:
-    """Plain vLLM's answers by batch size, and transformers to judge near ties; not to be asked about too few."""
+    """Plain vLLM's answers by batch size, and transformers to judge near ties.
+
+    Attributes:
+        folder: Of the model.
+        prompts: What was asked.
+        answers: By batch size.
+        least: How many answers a check must be of.
+        most: How many of these may be near ties.
+        compared: Answers that were checked.
+        excused: How many of them were near ties.
+    """
 
     folder: Path
     prompts: list[str]
     answers: dict[int, list[list[int]]]
     least: int = FEW
+    most: int | None = None
     compared: int = 0
     excused: int = 0
 
@@ -48,6 +59,7 @@ class Reference:
         pairs = list(zip(self.prompts, self.answers[batch_size], answers, strict=False))
         assert len(pairs) == len(answers) >= self.least
         different = [(prompt, plain, ours) for prompt, plain, ours in pairs if plain != ours]
+        assert self.most is None or len(different) <= self.most
         for prompt, plain, ours in different:
             assert self._near_ties.excuses(prompt, plain, ours), f"not a near tie: {prompt[:60]!r}"
         self.compared += len(answers)

@@ -134,9 +134,9 @@ class TestLimits:
         early = EarlyExits(OPEN, [(EASY, HARD), (EASY,)])
         limits = early.limits(Wish(accuracy=0.9))
         assert limits is not None
-        assert limits.at(0, 0) == pytest.approx(1.0, abs=0.01)
-        assert limits.at(0, 1) == limits.at(0, 7) == pytest.approx(0.5, abs=0.01)
-        assert limits.at(1, 7) == pytest.approx(1.0, abs=0.01)
+        assert limits.at(0, 0) == EASY.threshold(0.9, DOUBT) == pytest.approx(1.0, abs=0.01)
+        assert limits.at(0, 1) == limits.at(0, 7) == HARD.threshold(0.9, DOUBT) == pytest.approx(0.5, abs=0.01)
+        assert limits.at(1, 7) == EASY.threshold(0.9, DOUBT)
         assert early.limits(LOSSLESS) is None
         assert early.limits(OFF) is None
 

@@ -25,4 +25,4 @@ def plain(smollm2: Path, prompts: list[str], shared: Shared) -> Reference:
             assert hasattr(runner_of(llm), "speculator")
             return answer(llm, prompts[:PROMPTS], BATCH)
 
-    return Reference(smollm2, prompts[:PROMPTS], {BATCH: shared("plain-v2", ask)}, FEW)
+    return Reference(smollm2, prompts[:PROMPTS], {BATCH: shared("plain-v2", ask)}, least=FEW, most=1)

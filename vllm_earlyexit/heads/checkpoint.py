@@ -64,8 +64,8 @@ class PositionCalibration(_Part):
             doubt: Error rate that there is at least at the last knot, and proportionately less at surer ones. Of a few
                 thousand tokens that were calibrated on none may have erred where a few in a thousand do.
         """
-        count = len(self.probability)
-        probability = [min(p, 1 - doubt * (n + 0.5) / count) for n, p in enumerate(self.probability)]
+        knots = len(self.probability)
+        probability = [min(p, 1 - doubt * (n + 0.5) / knots) for n, p in enumerate(self.probability)]
         rates = [total / count for count, total in enumerate(accumulate(probability), start=1)]
         if rates[0] < accuracy:
             return -math.inf

@@ -262,9 +262,9 @@ def _statement(teacher: Teacher, students: Students, train: Packs, options: Trai
 def memory_needed(teacher: Teacher, students: Students, options: TrainingOptions) -> int:
     """Return an upper estimate of the bytes that training takes, without what PyTorch itself needs (about 1 GB).
 
-    The base model; weights, gradients and two Adam moments of the heads, twice while a checkpoint is written; the
-    logits of a batch over the draft vocabulary in bfloat16 and float32, forward and backward, one head at a time; and
-    attention's weights and their gradients, for a batch that is a single window.
+    The base model; weights, gradients and two Adam moments of the heads, twice while a checkpoint is written, and their
+    weights at the start; the logits of a batch over the draft vocabulary in bfloat16 and float32, forward and backward,
+    one head at a time; and attention's weights and their gradients, for a batch that is a single window.
     """
     base = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     heads = sum(p.numel() for p in students.parameters())
@@ -272,7 +272,7 @@ def memory_needed(teacher: Teacher, students: Students, options: TrainingOptions
     logits = options.batch_tokens * drafted * (2 + 4 + 4 + 4 + 2)
     activations = options.batch_tokens * (20 * teacher.hidden_size + 8 * options.intermediate_size) * 4
     attention = options.batch_tokens**2 * teacher.num_heads * 24
-    return 1_000_000_000 + base + heads * 24 + len(students) * (logits + activations + attention)
+    return 1_000_000_000 + base + heads * 28 + len(students) * (logits + activations + attention)
 
 
 def training_identity(records: Records, layers: Sequence[int], options: TrainingOptions) -> dict[str, Any]:
