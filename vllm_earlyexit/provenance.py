@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from vllm_earlyexit.plugin import installed_vllm
 def provenance(command: str = "vllm-earlyexit") -> dict[str, Any]:
     """Return what a result file says about the run that made it; ``command`` is how it was called, less arguments."""
     return {
-        "command": " ".join([command, *sys.argv[1:]]),
+        "command": f"{command} {shlex.join(sys.argv[1:])}".rstrip(),
         "commit": _commit(),
         "versions": {name: version(name) for name in ("vllm-earlyexit", "torch", "transformers")}
         | {"vllm": installed_vllm(), "python": platform.python_version()},
