@@ -148,7 +148,8 @@ def main(
 ) -> None:
     """Replay with and without the check."""
     known = json.loads(times.read_text())
-    parts = PartTimes(tuple(known["sizes"]), tuple(map(tuple, known["parts"])))
+    first, more = known["attention"]
+    parts = PartTimes(tuple(known["sizes"]), tuple(map(tuple, known["parts"])), (tuple(first), tuple(more)))
     world = World(parts.of_exit(exit_number), around_ms / 1e3, overhead_ms / 1e3, longest)
     known_answers = ((one["ids"], one["answer_start"]) for one in read_records(answers))
     items = [Request(np.array(ids[: start + max_tokens]), start + 1) for ids, start in known_answers]

@@ -12,7 +12,7 @@ from vllm_earlyexit.engine.rounds import Round, SelfExit, Verified
 class Rests:
     """A drafter that does not draft."""
 
-    def starts(self, num_seqs: int) -> bool:
+    def starts(self, num_seqs: int, context: int) -> bool:
         return False
 
 
@@ -28,18 +28,22 @@ class Listener:
     def interrupt(self) -> None:
         self.told.append("interrupted")
 
+    def note_prompts(self) -> None:
+        self.told.append("prompts")
+
 
 @pytest.mark.parametrize(
     ("before", "now", "told"),
     [
         ("ab", "ab", [(0, 3, 1), (1, 2, 2)]),
         ("ab", "b", [(1, 3, 1)]),
-        ("b", "ab", ["interrupted", (0, 2, 2)]),
+        ("b", "ab", ["prompts", (0, 2, 2)]),
         ("", "ab", ["interrupted"]),
+        ("b", "a", ["interrupted"]),
     ],
-    ids=["the same requests", "one is done", "one is new", "no round before"],
+    ids=["the same requests", "one is done", "one is new", "no round before", "a pause between"],
 )
-def test_time_is_learned_from_only_if_every_request_was_in_the_last_round(before: str, now: str, told: list[Any]):
+def test_the_policy_hears_of_requests_that_were_not_in_the_last_round(before: str, now: str, told: list[Any]):
     requests = {name: object() for name in "ab"}
     policy = Listener()
     ours = SelfExit.__new__(SelfExit)

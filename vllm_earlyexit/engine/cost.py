@@ -16,6 +16,15 @@ from vllm_earlyexit.heads.checkpoint import write_whole
 logger = logging.getLogger("vllm.earlyexit")
 
 DRIFT = 0.2
+"""Share by which a step may have become slower or faster until kept times do not hold any more."""
+TRIES = 3
+"""How often times are taken until they are those of a quiet machine."""
+UNSTEADY = 1.5
+"""Median over fastest run of a size from which on something ran beside it."""
+MEASURED_CONTEXT, LONG_CONTEXT, COARSER = 256, 8192, 1.25
+"""Tokens of context at which parts are timed, those at which attention's share is, and ratio of contexts told apart."""
+MORE = 8
+"""Tokens of one sequence at which attention's share is timed."""
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128)
 """Numbers of tokens at which the parts of a step are timed."""
 
@@ -34,6 +43,9 @@ class StepTimes:
         deep: The layers above the cut, and lm_head for every token.
         plain: One plain decoding step of n sequences without vLLM's own work around the model. More sequences may take
             less, where kernels are better at their number; the other parts are given as if filled up to it.
+        attention: What each of these four takes longer for one more token, for each token of context beyond
+            ``MEASURED_CONTEXT``.
+        context: Tokens of context of each sequence, rounded, that these times are for.
     """
 
     sizes: tuple[int, ...]
@@ -41,6 +53,30 @@ class StepTimes:
     head: tuple[float, ...]
     deep: tuple[float, ...]
     plain: tuple[float, ...]
+    attention: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    context: int = MEASURED_CONTEXT
+
+    def at_context(self, tokens: int) -> "StepTimes":
+        """Return the times where each sequence has so many tokens of context."""
+        if tokens < COARSER * MEASURED_CONTEXT or not any(self.attention):
+            return self
+        return self._at_power(round(math.log(tokens / MEASURED_CONTEXT, COARSER)))
+
+    @functools.cached_property
+    def _at_power(self) -> "Callable[[int], StepTimes]":
+        """Return the times for a context that is so many times ``COARSER`` as long as the measured one."""
+
+        @functools.cache
+        def longer(power: int) -> StepTimes:
+            context = round(MEASURED_CONTEXT * COARSER**power)
+            sizes = np.array(self.sizes)
+            added = [(context - MEASURED_CONTEXT) * each * sizes for each in self.attention]
+            shallow, head, deep, plain = (
+                tuple((np.array(getattr(self, part)) + more).tolist()) for part, more in zip(PARTS, added, strict=True)
+            )
+            return StepTimes(self.sizes, shallow, head, deep, plain, context=context)
+
+        return longer
 
     def at(self, part: str, n: np.ndarray | int) -> np.ndarray:
         """Return a part's seconds for n tokens: linear between the measured sizes and beyond the last; 0 for none."""
@@ -71,6 +107,9 @@ class StepTimes:
         return table
 
 
+Attention = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 @dataclass(frozen=True)
 class PartTimes:
     """Seconds of everything a step may consist of, as measured.
@@ -79,55 +118,133 @@ class PartTimes:
         sizes: Numbers of tokens n, rising.
         parts: Seconds at each size, for the layers up to the first exit, the head there, the layers up to the next
             exit, the head there, and so on; the layers above the last exit with lm_head; and a plain step.
+        attention: What each part takes longer for each token of context, for the first token of a sequence and for one
+            more beside it.
     """
 
     sizes: tuple[int, ...]
     parts: tuple[tuple[float, ...], ...]
+    attention: Attention
 
     def of_exit(self, number: int) -> StepTimes:
         """Return the times of a step that drafts from the ``number``-th exit, counted from 0."""
         *run, plain = self.parts
         layers, heads = np.array(run[::2]), run[1::2]
         shallow, deep = layers[: number + 1].sum(axis=0), layers[number + 1 :].sum(axis=0)
-        return StepTimes(self.sizes, tuple(shallow.tolist()), heads[number], tuple(deep.tolist()), plain)
+        first, more = np.array(self.attention)
+        attention = (
+            float(first[:-1:2][: number + 1].sum()),
+            float(first[1:-1:2][number]),
+            float(more[:-1:2][number + 1 :].sum()),
+            float(first[-1]),
+        )
+        return StepTimes(self.sizes, tuple(shallow.tolist()), heads[number], tuple(deep.tolist()), plain, attention)
 
 
-def measure(run: Callable[[int], list[float]], longest: int, repeats: int = 7) -> PartTimes:
+@dataclass(frozen=True)
+class Shape:
+    """Tokens that parts are timed for.
+
+    Attributes:
+        tokens: How many.
+        context: Position of the last one in its sequence, counted from 1.
+        spread: Whether they belong to as many sequences as there may be, instead of one.
+    """
+
+    tokens: int
+    context: int = MEASURED_CONTEXT
+    spread: bool = True
+
+
+Run = Callable[[Shape], list[float]]
+"""Runs all parts over some tokens in the order of ``PartTimes`` and returns the seconds of each."""
+
+
+def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT, repeats: int = 7) -> tuple[PartTimes, bool]:
     """Time every part at every size up to ``longest`` tokens.
 
     Args:
-        run: Runs all parts over n tokens in the order of ``PartTimes`` and returns the seconds of each.
-            Run over and over by itself, a part would find its weights in a cache that others empty in between.
+        run: See ``Run``. Run over and over by itself, a part would find its weights in a cache that others empty in
+            between.
         longest: The largest size that can be run.
+        most_context: The longest context that can be.
         repeats: Runs of each size; the median counts.
+
+    Returns:
+        The times, and whether the machine had nothing else to do meanwhile, as far as can be told from them.
     """
-    sizes = [size for size in SIZES if size <= longest] or [1]
-    for size in sizes:
-        run(size)
+    shapes = [Shape(size) for size in SIZES if size <= longest] or [Shape(1)]
+    for shape in shapes:
+        run(shape)
     # Sizes take turns: what disturbs the machine for a while disturbs them all.
-    times = np.median([[run(size) for size in sizes] for _ in range(repeats)], axis=0)
+    runs = np.array([[run(shape) for shape in shapes] for _ in range(repeats)])
     # A step that is slower than one of more tokens can be filled up to it, so its parts are worth what that one's are.
-    *parts, plain = times.T
+    *parts, plain = np.median(runs, axis=0).T
     rising = np.minimum.accumulate(np.array(parts)[:, ::-1], axis=1)[:, ::-1]
-    return PartTimes(tuple(sizes), (*map(tuple, rising.tolist()), tuple(plain.tolist())))
+    sizes = tuple(shape.tokens for shape in shapes)
+    attention = _attention(run, min(most_context, LONG_CONTEXT), runs.shape[-1])
+    return PartTimes(sizes, (*map(tuple, rising.tolist()), tuple(plain.tolist())), attention), quiet(runs)
 
 
-def measured(path: Path, run: Callable[[int], list[float]], longest: int) -> PartTimes:
+def quiet(runs: np.ndarray) -> bool:
+    """Say whether the machine did nothing else while a step's parts were timed.
+
+    Undisturbed, a size's fastest run takes at least half of what that of one token less takes, and most runs of a size
+    take about as long as its fastest one.
+
+    Args:
+        runs: Seconds, [repeats, sizes, parts].
+    """
+    whole, plain = runs[..., :-1].sum(axis=-1), runs[..., -1]
+    for seconds in (whole, plain):
+        fastest = seconds.min(axis=0)
+        if (fastest[1:] < fastest[:-1] / 2).any():
+            return False
+        if np.median(np.median(seconds, axis=0) / fastest) > UNSTEADY:
+            return False
+    return True
+
+
+def _attention(run: Run, context: int, parts: int, repeats: int = 3) -> Attention:
+    """Return ``PartTimes.attention``, from steps in a short and in a long context; zeros if contexts are short."""
+    none = (0.0,) * parts
+    if context < 2 * MEASURED_CONTEXT:
+        return none, none
+    shapes = [Shape(tokens, at, spread=False) for tokens in (1, MORE) for at in (MEASURED_CONTEXT, context)]
+    for shape in shapes:
+        run(shape)
+    seconds = np.median([[run(shape) for shape in shapes] for _ in range(repeats)], axis=0)
+    near, far, near_more, far_more = seconds / (context - MEASURED_CONTEXT)
+    first = np.maximum(0.0, far - near)
+    more = np.maximum(0.0, (far_more - near_more - first) / (MORE - 1))
+    return tuple(first.tolist()), tuple(more.tolist())
+
+
+def measured(path: Path, run: Run, longest: int, most_context: int = MEASURED_CONTEXT) -> PartTimes:
     """Return the times in ``path`` if they still hold, otherwise measure and keep them there; see ``measure``.
 
-    They hold if a whole step of the smallest and of a middle size still takes what it took, within ``DRIFT``.
+    They hold if a whole step of the smallest and of a middle size still takes what it took, within ``DRIFT``. Times
+    that were taken while something else ran are taken again, and not kept.
     """
     try:
         kept = json.loads(path.read_text())
-        times = PartTimes(tuple(kept["sizes"]), tuple(map(tuple, kept["parts"])))
-        if len({len(times.sizes), *map(len, times.parts)}) > 1:
+        first, more = kept["attention"]
+        times = PartTimes(tuple(kept["sizes"]), tuple(map(tuple, kept["parts"])), (tuple(first), tuple(more)))
+        if len({len(times.sizes), *map(len, times.parts)}) > 1 or {len(first), len(more)} != {len(times.parts)}:
             raise ValueError(f"{path} has parts of other sizes")
         holds = all(_still(times, run, at) for at in {0, len(times.sizes) // 2})
     except (OSError, ValueError, TypeError, LookupError):
         holds = False
     if holds:
         return times
-    times = measure(run, longest)
+    for _ in range(TRIES):
+        times, undisturbed = measure(run, longest, most_context)
+        if undisturbed:
+            break
+    else:
+        words = "self-exit: something else ran while step times were taken; they are taken again at the next start"
+        logger.warning(words)
+        return times
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(asdict(times)).encode())
@@ -136,9 +253,10 @@ def measured(path: Path, run: Callable[[int], list[float]], longest: int) -> Par
     return times
 
 
-def _still(times: PartTimes, run: Callable[[int], list[float]], at: int) -> bool:
-    run(times.sizes[at])
-    now = float(np.median([sum(run(times.sizes[at])) for _ in range(3)]))
+def _still(times: PartTimes, run: Run, at: int) -> bool:
+    shape = Shape(times.sizes[at])
+    run(shape)
+    now = float(np.median([sum(run(shape)) for _ in range(3)]))
     then = sum(part[at] for part in times.parts)
     return abs(now - then) < DRIFT * then
 

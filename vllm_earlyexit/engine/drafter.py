@@ -203,9 +203,9 @@ class SelfExitDrafter:
         self.looks_ahead = vllm_config.device_config.device_type != "cpu"
         """Whether steps are run without a look at what they have drafted, as many as are expected to pay."""
 
-    def starts(self, num_seqs: int) -> bool:
-        """Start a round over so many sequences; return whether to ``draft`` for them."""
-        return agreed(lambda: self.policy.start(num_seqs))
+    def starts(self, num_seqs: int, context: int) -> bool:
+        """Start a round over so many sequences, of so many tokens each; return whether to ``draft`` for them."""
+        return agreed(lambda: self.policy.start(num_seqs, context))
 
     def draft(
         self,

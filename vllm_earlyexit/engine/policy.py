@@ -4,11 +4,10 @@ import functools
 import logging
 import math
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,201 +15,27 @@ import torch
 from vllm_earlyexit.config import MAX_DRAFT_LENGTH, EarlyExitConfig
 from vllm_earlyexit.engine.cost import Acceptance, Copying, StepTimes
 from vllm_earlyexit.engine.early_exit import Limits
+from vllm_earlyexit.engine.gain_monitor import MARGIN, SEEN, GainMonitor, Kind, Seen, alike
 from vllm_earlyexit.engine.lookup import Repeat
 from vllm_earlyexit.heads.checkpoint import ExitHeadConfig
 
 logger = logging.getLogger("vllm.earlyexit")
 
 GRID = np.linspace(0, 1, 65)
-MARGIN = 0.05
-"""Share by which drafting must be expected to be faster than plain decoding; less than that is not worth the risk."""
-SIMILAR = 1.5
-"""Ratio of batch sizes from which on what was seen of one says little of the other."""
-PROBES, PROBE_FIRST, PROBE_IN_DOUBT, PROBE_LATER = 8, 4, 8, 256
-"""Every so many rounds of similar size nothing is drafted, to learn what a plain step takes: often at first."""
-TOLERATED = 0.01
-"""Share of a plain step's time that it need not be known any better than."""
-RECENT, STRETCH = 63, 8
-"""Values whose median counts, and rounds with drafts that one plain round is compared with."""
-RETRY, MAX_RETRY, TRY = 32, 256, 4
-"""Rounds after which drafting is tried again where it was seen not to be faster, doubled each time; rounds of a try."""
-RISK = 0.01
-"""Share of time that tries may cost, by what they were seen to cost; there are fewer if they would cost more."""
-SEEN, SEEN_DRAFTS, CERTAIN = 4, 32, 1.5
-"""Comparisons and rounds with drafts before they count, and by how many standard errors drafting must fall short."""
-WARM_UP, LASTING = 32, 1024
-"""Rounds of similar size in which kernels and the like are made at first, and for which a comparison counts."""
 FIRST = 6
 """Round up to which, from the second on, nothing is drafted until one has shown what vLLM does around the model."""
+SLOWER = 2.0
+"""A plain step that takes more than so many times what the model was measured to take is one of a slower machine, on
+which drafting takes longer too."""
+MOST_MISSED = 3.0
+"""By how many times what a round was expected to take it may take longer for that to be believed."""
+CAUTIOUS = 2
+"""Longest draft until one has been compared with plain decoding."""
 REPORT = 4096
 """Rounds after which the log says what rounds took and what they were expected to take."""
 MOST_TABLES = 1024
 TOLERANCE = 0.05
 """Change of what values depend on from which on they are tabulated anew."""
-
-
-@dataclass
-class Mean:
-    """A mean in which old values fade, and its standard error."""
-
-    weight: float = 0.0
-    total: float = 0.0
-    squares: float = 0.0
-    count: int = 0
-
-    MEMORY: ClassVar[float] = 0.995
-
-    def add(self, value: float) -> None:
-        """Take note of a value."""
-        self.weight = self.MEMORY * self.weight + 1
-        self.total = self.MEMORY * self.total + value
-        self.squares = self.MEMORY * self.squares + value * value
-        self.count += 1
-
-    @property
-    def value(self) -> float:
-        """The mean; there must be a value."""
-        return self.total / self.weight
-
-    @property
-    def error(self) -> float:
-        """The mean's standard error."""
-        return math.sqrt(max(0.0, self.squares / self.weight - self.value**2) / self.weight)
-
-
-@dataclass
-class Recent:
-    """The median of the last values, and its standard error: one round that was disturbed moves it little.
-
-    Attributes:
-        values: The values, and in which round each was noted.
-    """
-
-    values: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
-    _summary: tuple[float, float] | None = None
-
-    def add(self, value: float, now: int = 0) -> None:
-        """Take note of a value."""
-        self.values.append((now, value))
-        self._summary = None
-
-    def forget(self, before: int) -> None:
-        """Forget the values of rounds before this one, but for the last few."""
-        while len(self.values) > SEEN and self.values[0][0] < before:
-            self.values.popleft()
-            self._summary = None
-
-    @property
-    def count(self) -> int:
-        """How many values there are."""
-        return len(self.values)
-
-    @property
-    def value(self) -> float:
-        """The median; there must be a value."""
-        return self._summarized()[0]
-
-    @property
-    def error(self) -> float:
-        """The median's standard error, by the median deviation of normally distributed values."""
-        return self._summarized()[1] if len(self.values) >= SEEN else math.inf
-
-    def _summarized(self) -> tuple[float, float]:
-        """Return the median and its standard error; rounds ask far more often than values come."""
-        if self._summary is None:
-            values = np.array([value for _, value in self.values])
-            median = float(np.median(values))
-            spread = 1.4826 * float(np.median(np.abs(values - median)))
-            self._summary = median, 1.2533 * spread / math.sqrt(len(values))
-        return self._summary
-
-
-@dataclass
-class Seen:
-    """What was seen of batches of similar size. Tokens are those of one sequence, times relative to a plain step's.
-
-    Attributes:
-        plain: Time of a round without a draft.
-        tokens: Of a round with one.
-        instead: How many plain rounds fit into the time of one with a draft, each time by rounds next to each other: a
-            machine's speed changes.
-        stretch: Times of the last rounds with a draft that were not compared yet.
-        rounds: Rounds so far.
-        probes: Those in which nothing was drafted only to see what a plain one takes.
-        pause: Rounds until drafting is tried again, once it is stopped.
-        resume: The round when it will be.
-    """
-
-    plain: Recent = field(default_factory=Recent)
-    tokens: Mean = field(default_factory=Mean)
-    instead: Recent = field(default_factory=Recent)
-    stretch: deque[float] = field(default_factory=lambda: deque(maxlen=STRETCH))
-    rounds: int = 0
-    probes: int = 0
-    pause: int = RETRY
-    resume: int = 0
-
-    def add(self, tokens: float, time: float, drafted: bool) -> None:
-        """Take note of a round."""
-        if self.rounds <= WARM_UP:
-            return
-        if drafted:
-            self.tokens.add(tokens)
-            self.stretch.append(time)
-            return
-        self.plain.add(time)
-        if self.stretch:
-            self.instead.add(sum(self.stretch) / len(self.stretch) / time, self.rounds)
-            self.stretch.clear()
-
-    @property
-    def known(self) -> bool:
-        """Whether there were enough rounds of either kind to compare them."""
-        return self.instead.count >= SEEN and self.tokens.count >= SEEN_DRAFTS
-
-    def gain(self) -> tuple[float, float]:
-        """Return how many tokens a round with a draft yields beyond plain decoding, and the standard error of that."""
-        return self.tokens.value - self.instead.value, math.hypot(self.tokens.error, self.instead.error)
-
-    def start(self) -> bool:
-        """Start a round; return whether to draft in it."""
-        self.rounds += 1
-        self.instead.forget(self.rounds - LASTING)
-        return not self.probe() and self.drafts()
-
-    def probe(self) -> bool:
-        """Say whether to draft nothing in this round, to see what a plain one takes: often while that is in doubt."""
-        if self.rounds <= WARM_UP:
-            return False
-        every = PROBE_FIRST
-        if self.probes >= PROBES:
-            every = PROBE_IN_DOUBT if self.known and self._in_doubt() else PROBE_LATER
-        if self.rounds % every:
-            return False
-        self.probes += 1
-        return True
-
-    def _in_doubt(self) -> bool:
-        """Say whether times are known too badly to tell the gain."""
-        return self.instead.error > max(abs(self.gain()[0]) / CERTAIN, TOLERATED)
-
-    def drafts(self) -> bool:
-        """Say whether to draft in this round: not while that turned out not to be faster, but for tries."""
-        gain, error = self.gain() if self.known else (0.0, math.inf)
-        if gain > MARGIN - CERTAIN * error:
-            self.pause, self.resume = RETRY, self.rounds + RETRY
-            return True
-        if self.rounds < self.resume:
-            return False
-        if self.rounds >= self.resume + TRY - 1:
-            self.pause = max(min(2 * self.pause, MAX_RETRY), int(TRY * -gain / RISK))
-            self.resume = self.rounds + self.pause
-        return True
-
-
-def alike(num_seqs: int) -> int:
-    """Return a number that batches of similar size have in common."""
-    return round(math.log(num_seqs, SIMILAR))
 
 
 @dataclass(frozen=True)
@@ -293,8 +118,13 @@ class Policy(Protocol):
     def copied(self) -> Mapping[int, int]:
         """Sequences that are not drafted for in this round but repeat themselves, and for how many tokens."""
 
-    def start(self, num_seqs: int) -> bool:
-        """Start a round over ``num_seqs`` sequences; return whether to ``begin`` it, instead of drafting nothing."""
+    def start(self, num_seqs: int, context: int = 0) -> bool:
+        """Start a round; return whether to ``begin`` it, instead of drafting nothing.
+
+        Args:
+            num_seqs: Sequences in it.
+            context: Tokens of each, on average.
+        """
 
     def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Begin a round that has started; return whether to ask the head about those that are not copied.
@@ -331,7 +161,10 @@ class Policy(Protocol):
         """Take note of how many drafts of a sequence of the last round were verified, and how many of them accepted."""
 
     def interrupt(self) -> None:
-        """Learn nothing from how long the last round took: there were prompts, or a pause, before the next one."""
+        """Learn nothing from how long the last round took: there was a pause before the next one."""
+
+    def note_prompts(self) -> None:
+        """Take note that the last round's step had prompts in it."""
 
 
 class FixedPolicy:
@@ -340,7 +173,7 @@ class FixedPolicy:
     exit = 0
     copied: Mapping[int, int] = MappingProxyType({})
 
-    def start(self, num_seqs: int) -> bool:
+    def start(self, num_seqs: int, context: int = 0) -> bool:
         """Return True."""
         return True
 
@@ -366,6 +199,9 @@ class FixedPolicy:
         """Learn nothing."""
 
     def interrupt(self) -> None:
+        """Learn nothing anyway."""
+
+    def note_prompts(self) -> None:
         """Learn nothing anyway."""
 
 
@@ -408,8 +244,9 @@ class AutoPolicy:
 
     What vLLM does around the model, and what a draft step costs beside its parts, is learned from the time between
     rounds: the former in rounds without a draft, of which there is one at once and then now and then for this purpose.
-    Times that were measured on a busy machine may still mislead, so the rates that rounds with and without drafts
-    really reach are compared for every batch size; where drafting turns out slower it stops, but for tries.
+    Times may still mislead, so what rounds with and without drafts really took is compared (``GainMonitor``), for heads
+    and copies apart; what turns out slower than plain decoding stops, but for tries. Where copies and the head compete
+    for a sequence, the head's worth is counted as the share of it that has come true so far.
 
     Each round drafts from the exit at which asking is worth most. A token that is not kept is taken on to the next exit
     if the calibrated acceptance there, of tokens that were so unsure here, is worth the layers between, its head, and
@@ -429,6 +266,7 @@ class AutoPolicy:
         longest: The longest draft.
         clock: Tells the time in seconds.
         skips: Whether tokens behind which others leave skip the layers above; otherwise they are verified as all are.
+        copies: Whether sequences are looked through for what to copy.
     """
 
     MEMORY = 0.95
@@ -440,37 +278,50 @@ class AutoPolicy:
         clock: Callable[[], float] = time.perf_counter,
         *,
         skips: bool = False,
+        copies: bool = True,
     ):
         self._acceptances, self._longest, self._clock, self.exit = acceptances, longest, clock, 0
         self._skips = skips
+        self._kinds: tuple[Kind, ...] = ("heads", "copies") if copies else ("heads",)
+        self._allowed: frozenset[Kind] = frozenset()
         self._copying = Copying()
         self._copies: dict[int, Copy] = {}
         self._fast = False
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
+        self._context = 0
+        self._pace = 1.0
         self._rates: dict[int, tuple[float, float]] = {}
-        self._values: dict[tuple[int, int, Limits | None], tuple[tuple[float, float], Worth]] = {}
+        self._values: dict[tuple[int, int, int, Limits | None], tuple[tuple[float, float], Worth]] = {}
         self._drafted: dict[int, list[Drafted]] = {}
         self._limits: RowLimits = ()
         self._around = 0.0
         self._rounds = self._plain_rounds = self._asked_rounds = 0
         self._overhead = self._spent = self._appended = self._began = self._rate = 0.0
-        self._batch = self._tokens = self._step = self._asked = self._accepted = 0
-        self._seen: dict[int, Seen] = defaultdict(Seen)
+        self._batch = self._tokens = self._step = self._asked = self._accepted = self._accepted_copies = 0
+        self._copied_seconds = self._worth = 0.0
+        self._monitor = GainMonitor()
+        self._seen = Seen()
+        self._prompts = False
         self._compared = 0
         self.predicted_seconds = self.measured_seconds = 0.0
         """Of all rounds that followed one another without a pause."""
 
-    def start(self, num_seqs: int) -> bool:
+    def start(self, num_seqs: int, context: int = 0) -> bool:
         """Start a round; return whether drafting is tried in it."""
         if self.times is None:
             return False
         self._close()
         self._copies, self._fast = {}, False
         self._batch, self._tokens, self._step, self._spent, self._asked = num_seqs, num_seqs, -1, 0.0, 0
-        self._accepted, self._drafted, self._appended = 0, {}, 0.0
+        self._accepted, self._accepted_copies, self._drafted, self._appended = 0, 0, {}, 0.0
+        self._copied_seconds = self._worth = 0.0
         self._rounds += 1
-        return self._seen[alike(num_seqs)].start() and (self._plain_rounds > 0 or not 1 < self._rounds <= FIRST)
+        self._seen, self._context = self._monitor.of(num_seqs, context), context
+        self._allowed = self._seen.start(self._kinds)
+        if self._plain_rounds == 0 and 1 < self._rounds <= FIRST:
+            self._allowed = frozenset()
+        return bool(self._allowed)
 
     def begin(self, lookup: Lookup = nothing, limits: RowLimits = ()) -> bool:
         """Begin a round; return whether asking the head once is expected to pay."""
@@ -478,12 +329,15 @@ class AutoPolicy:
         self._limits, self._reached, self._rate = limits or [None] * num_seqs, np.ones(num_seqs), self._reachable()
         rows = np.arange(num_seqs)
         worth = self._choose_exit(rows)
-        self._copies = self._worth_copying(lookup(), self._reached, drafting=max(0.0, worth / num_seqs))
+        if "copies" in self._allowed:
+            drafting = max(0.0, worth / num_seqs) * self._seen.of["heads"].realized()
+            self._copies = self._worth_copying(lookup(), self._reached, drafting=drafting)
         self._fast = bool(self._copies)
         if self._fast:
-            self._spent += self._copy(self._copies)
+            self._copied_seconds = self._copy(self._copies)
+            self._spent += self._copied_seconds
             worth = self._choose_exit(rows[[row not in self._copies for row in rows.tolist()]])
-        asked = worth > 0
+        self._worth, asked = worth, worth > 0
         if not asked:
             self._overhead *= Acceptance.FORGET
         for number, acceptance in enumerate(self._acceptances):
@@ -499,7 +353,7 @@ class AutoPolicy:
     def _choose_exit(self, rows: np.ndarray) -> float:
         """Choose where to ask the head about these sequences; return what that is worth, in tokens."""
         assert self.times is not None
-        if len(rows) == 0:
+        if len(rows) == 0 or "heads" not in self._allowed:
             return 0.0
         worth = [self._worth_of(number, rows) for number in range(len(self.times))]
         self.exit = int(np.argmax(worth))
@@ -544,11 +398,12 @@ class AutoPolicy:
 
     def append(self, lookup: Lookup) -> Mapping[int, int]:
         """Copy as much as raises the rate."""
-        if not self._asked:
+        if not self._asked or "copies" not in self._allowed:
             return {}
         without = [Repeat() if row in self._copies else repeat for row, repeat in enumerate(lookup())]
         found = self._worth_copying(without, self._reached, spare=float(self._times.spare(self._tokens)))
         self._appended = self._copy(found)
+        self._copied_seconds += self._appended
         self._copies |= found
         return {row: copy.count for row, copy in found.items()}
 
@@ -631,6 +486,8 @@ class AutoPolicy:
         """Compare what was expected of a sequence's drafts with what verification said."""
         self._accepted += accepted
         copy = self._copies.get(row)
+        if copy is not None:
+            self._accepted_copies += max(0, accepted - copy.behind)
         if copy is not None and copy.behind <= min(accepted, verified - 1):
             self._copying.learn(copy.length, verified - copy.behind, accepted - copy.behind)
         for n, token in enumerate(self._drafted.get(row, [])[:verified]):
@@ -642,6 +499,10 @@ class AutoPolicy:
     def interrupt(self) -> None:
         """See ``Policy``."""
         self._began = 0.0
+
+    def note_prompts(self) -> None:
+        """See ``Policy``."""
+        self._prompts = True
 
     @property
     def _drafts(self) -> bool:
@@ -655,7 +516,7 @@ class AutoPolicy:
     @property
     def _times(self) -> StepTimes:
         assert self.times is not None
-        return self.times[self.exit]
+        return self.times[self.exit].at_context(self._context)
 
     def _worth_of(self, number: int, rows: np.ndarray) -> float:
         """Return what asking an exit's head about these sequences is worth at the start of a round, in tokens."""
@@ -663,21 +524,22 @@ class AutoPolicy:
         return float(self._asking(rows, np.ones(len(rows)), 0).sum())
 
     def _reachable(self) -> float:
-        """Return the batch's tokens per second: a little more than plain decoding's, or, if more, what was reached."""
-        seen, step = self._seen[alike(self._batch)].plain, float(self._times.at("plain", self._batch))
-        plain = self._batch / (seen.value * step if seen.count >= SEEN else step + self._around)
+        """Return the batch's tokens per second, at the measured pace: at least a little more than plain decoding's."""
+        seen, step = self._seen.plain, float(self._times.at("plain", self._batch))
+        plain = self._batch / (seen.value * step / self._pace if seen.count >= SEEN else step + self._around)
         tokens, time = self._rates.get(alike(self._batch), (0.0, 0.0))
         return max((1 + MARGIN) * plain, tokens / time * self._batch / step if time else 0.0)
 
     def _head(self, n: int, cut: int) -> float:
         """Return the seconds that asking an exit's head for n rows adds to a round."""
         assert self.times is not None
-        return float(self.times[cut].at("head", n)) + self._overhead
+        return float(self.times[cut].at_context(self._context).at("head", n)) + self._overhead
 
     def _between(self, cut: int, n: np.ndarray | int) -> np.ndarray:
         """Return the seconds that n tokens take from an exit to the next one."""
         assert self.times is not None
-        return np.maximum(0.0, self.times[cut + 1].at("shallow", n) - self.times[cut].at("shallow", n))
+        below, further = (self.times[at].at_context(self._context).at("shallow", n) for at in (cut, cut + 1))
+        return np.maximum(0.0, further - below)
 
     def _added(self, m: np.ndarray | int) -> np.ndarray:
         """Return the seconds that verifying m more tokens adds, for each m."""
@@ -709,7 +571,7 @@ class AutoPolicy:
         Costs that rows share are split among the n of them.
         """
         n = len(reached)
-        if step >= self._longest:
+        if step >= (self._longest if self._seen.of["heads"].instead.count else min(CAUTIOUS, self._longest)):
             return np.full(n, -1.0)
         kinds = [self._limits[row] for row in rows.tolist()]
         worth = np.empty(n)
@@ -721,11 +583,12 @@ class AutoPolicy:
     def _value(self, n: int, limits: Limits | None) -> Worth:
         """Return what ``_tabulate`` does, tabulated anew only if what it depends on has changed."""
         now = (self._rate * self._acceptance.correction, 1 + self._rate * self._head(n, self.exit))
-        known = self._values.get((self.exit, n, limits))
+        key = (self.exit, n, self._times.context, limits)
+        known = self._values.get(key)
         if known is None or max(abs(then / value - 1) for then, value in zip(known[0], now, strict=True)) > TOLERANCE:
             if len(self._values) > MOST_TABLES:
                 self._values.clear()
-            known = self._values[self.exit, n, limits] = (now, self._tabulate(n, limits))
+            known = self._values[key] = (now, self._tabulate(n, limits))
         return known[1]
 
     def _tabulate(self, n: int, limits: Limits | None) -> Worth:
@@ -774,8 +637,14 @@ class AutoPolicy:
             self._rates[kind] = (self.MEMORY * tokens + expected / self._batch, self.MEMORY * time + predicted / step)
         if self._drafts:
             predicted += self._appended + float(self._times.spare(self._tokens))
+        compared = self._monitor.note_prompts(self._prompts) and began > 0
+        beside_prompts, self._prompts = self._prompts, False
+        if not compared:
+            return
         took = now - began
-        if not began or took > 2 * predicted:  # something else ran in between
+        self._tell_monitor(took / step, step)
+        self._learn_pace()
+        if beside_prompts:
             return
         self.predicted_seconds += predicted
         self.measured_seconds += took
@@ -783,14 +652,37 @@ class AutoPolicy:
         if self._compared % REPORT == 0:
             words = "self-exit: %d rounds took %.1f s, %.1f s were expected"
             logger.info(words, self._compared, self.measured_seconds, self.predicted_seconds)
-        missed = took - predicted
-        self._seen[kind].add(1 + self._accepted / self._batch, took / step, self._drafts)
+        missed = min(took / self._pace - predicted, MOST_MISSED * predicted)  # one round that was disturbed says little
         if not self._drafts:
             self._around = max(0.0, self._around + self._share(self._plain_rounds) * missed)
             self._plain_rounds += 1
         elif self._asked and self._plain_rounds:
             self._asked_rounds += 1
             self._overhead = max(0.0, self._overhead + self._share(3 + self._asked_rounds) * missed / self._asked)
+
+    def _learn_pace(self) -> None:
+        """Learn from plain rounds how many times slower than measured the machine is, beyond what is around a step."""
+        if self._seen.plain.count < SEEN:
+            return
+        before, self._pace = self._pace, max(1.0, self._seen.plain.value / SLOWER)
+        if self._pace > SLOWER * before:  # what was missed so far was the machine's pace, not a draft step's overhead
+            self._overhead, self._asked_rounds = 0.0, 0
+
+    def _tell_monitor(self, took: float, step: float) -> None:
+        """Let the monitor take note of the round that ends.
+
+        Args:
+            took: What it took, in plain steps.
+            step: What one of these was measured to take, in seconds.
+        """
+        seen = self._monitor.of(self._batch, self._context)
+        if self._asked:
+            own = 1 + (self._accepted - self._accepted_copies) / self._batch
+            seen.add("heads", own, took - self._pace * self._copied_seconds / step, self._worth / self._batch)
+        elif self._copies:
+            seen.add("copies", 1 + self._accepted / self._batch, took)
+        else:
+            seen.add_plain(took)
 
     def _share(self, known: int) -> float:
         """Return by how much of what it missed a time is corrected that so many rounds have told of."""
@@ -806,5 +698,6 @@ def build_policy(config: EarlyExitConfig, heads: Sequence[ExitHeadConfig]) -> Po
         acceptances = [
             Acceptance([p.entropy for p in at], [p.probability for p in at], [p.deeper for p in at]) for at in maps
         ]
-        return AutoPolicy(acceptances, config.num_speculative_tokens, skips=config.fill_in == "propagate")
+        skips = config.fill_in == "propagate"
+        return AutoPolicy(acceptances, config.num_speculative_tokens, skips=skips, copies=config.prompt_lookup)
     return FixedPolicy()

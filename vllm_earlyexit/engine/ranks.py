@@ -14,6 +14,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -25,25 +26,25 @@ def agreed(decide: Callable[[], T]) -> T:
     return group.broadcast_object(decide() if group.rank_in_group == 0 else None)
 
 
-def run_by_first(work: Callable[[Callable[[int], T]], None], run: Callable[[int], T]) -> None:
+def run_by_first(work: Callable[[Callable[[A], T]], None], run: Callable[[A], T]) -> None:
     """Let the first rank do ``work`` with a ``run`` that runs on all ranks at the same time.
 
     Args:
         work: Only called on the first rank.
-        run: What it calls, with a number of tokens, as often as it likes.
+        run: What it calls, with an argument that is not None, as often as it likes.
     """
     group = get_tp_group()
     if group.rank_in_group == 0:
 
-        def on_all(number: int) -> T:
-            agreed(lambda: number)
-            return run(number)
+        def on_all(argument: A) -> T:
+            agreed(lambda: argument)
+            return run(argument)
 
         work(on_all)
-        agreed(lambda: 0)
+        agreed(lambda: None)
     else:
-        while number := agreed(lambda: 0):
-            run(number)
+        while (argument := agreed(lambda: None)) is not None:
+            run(argument)
 
 
 def own_part(whole: torch.Tensor, size: int) -> torch.Tensor:

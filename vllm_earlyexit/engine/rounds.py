@@ -21,18 +21,17 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine import responses
-from vllm_earlyexit.engine.cost import SIZES, measured
+from vllm_earlyexit.engine.cost import SIZES, Run, Shape, measured
 from vllm_earlyexit.engine.drafter import Drawing, HeadSampler, Leaving, Pending, SelfExitDrafter
 from vllm_earlyexit.engine.early_exit import LOSSLESS, Left, Wish, wish_of
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
 from vllm_earlyexit.engine.lookup import repeat_in
 from vllm_earlyexit.engine.policy import AutoPolicy
 from vllm_earlyexit.engine.ranks import run_by_first
+from vllm_earlyexit.engine.sizes import NO_SLOT
 from vllm_earlyexit.provenance import accelerator_name, cpu_name
 
 logger = init_logger("vllm.earlyexit")
-
-MEASURED_POSITION = 255
 
 
 def no_sampler(rows: Sequence[int], logits: torch.Tensor, drafts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -204,19 +203,20 @@ class SelfExit:
         longest = min(scheduler.max_num_seqs * (self.config.num_speculative_tokens + 1), self.max_model_len // 2)
         logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config, self.drafter.passes.replays))
 
-        def run(n: int) -> list[float]:
-            with self.made_up(runner, n) as positions:
-                return self.drafter.timed(torch.zeros(n, dtype=torch.int32, device=runner.device), positions)
+        def run(shape: Shape) -> list[float]:
+            with self.made_up(runner, shape) as positions:
+                ids = torch.zeros(shape.tokens, dtype=torch.int32, device=runner.device)
+                return self.drafter.timed(ids, positions)
 
-        run(2)  # compiles the heads, for any number of tokens
-        with self.made_up(runner, 2) as positions:
+        run(Shape(2))  # compiles the heads, for any number of tokens
+        with self.made_up(runner, Shape(2)) as positions:
             for fill_in in self.drafter.fill_ins.values():
                 fill_in(self._no_states(2), positions)
         policy = self.drafter.policy
 
-        def take_times(on_all: Callable[[int], list[float]]) -> None:
+        def take_times(on_all: Run) -> None:
             assert isinstance(policy, AutoPolicy)
-            parts = measured(self._times_file(longest), on_all, longest)
+            parts = measured(self._times_file(longest), on_all, longest, self.max_model_len - 1)
             policy.times = [parts.of_exit(number) for number in range(len(self.drafter.exits))]
             logger.info("self-exit: seconds per step part: %s", policy.times)
 
@@ -230,20 +230,26 @@ class SelfExit:
         return torch.zeros(n, model.get_hidden_size(), dtype=dtype, device=device)
 
     @contextmanager
-    def made_up(self, runner: Runner, n: int) -> Iterator[torch.Tensor]:
-        """A forward context of n tokens of no request, whose KV goes to vLLM's null block; yields their positions.
+    def made_up(self, runner: Runner, shape: Shape) -> Iterator[torch.Tensor]:
+        """A forward context of tokens of no request; yields their positions.
 
-        They are spread over as many sequences as there may be.
+        They attend to whatever the KV cache holds, and their own KV is not kept. Call it before anything is served.
         """
         any_blocks = runner.blocks(torch.zeros(1, dtype=torch.int64, device=runner.device))
-        num_seqs = min(n, self.vllm_config.scheduler_config.max_num_seqs)
+        n = shape.tokens
+        num_seqs = min(n, self.vllm_config.scheduler_config.max_num_seqs) if shape.spread else 1
         counts = torch.full((num_seqs,), n // num_seqs)
         counts[: n % num_seqs] += 1
-        last = max(min(MEASURED_POSITION, self.max_model_len - 2), int(counts.max()) - 1)
+        last = max(min(shape.context, self.max_model_len - 1), int(counts.max())) - 1
         at = torch.cat([torch.arange(last - count + 1, last + 1) for count in counts.tolist()])
-        blocks = {group: torch.zeros_like(table).expand(num_seqs, -1) for group, table in any_blocks.items()}
-        with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, counts, at) as positions:
+        blocks = {group: self._any_blocks(table, num_seqs) for group, table in any_blocks.items()}
+        with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, counts, at, kept=False) as positions:
             yield positions
+
+    def _any_blocks(self, table: torch.Tensor, num_seqs: int) -> torch.Tensor:
+        """Return block tables like ``table`` for so many sequences, each of blocks of its own as far as there are."""
+        places = torch.arange(num_seqs * table.shape[1], dtype=table.dtype, device=table.device)
+        return (places % (self.vllm_config.cache_config.num_gpu_blocks or 1)).view(num_seqs, -1)
 
     def _times_file(self, longest: int) -> Path:
         """Return where step times are kept from start to start, on this machine and with this setting."""
@@ -261,6 +267,7 @@ class SelfExit:
         previous: Callable[[], torch.Tensor],
         sample: HeadSampler = no_sampler,
         draw: RowSampler | None = None,
+        context_length: int = 0,
     ) -> list[list[int]]:
         """Draft for sequences that have just sampled; return the drafted tokens of each, possibly none.
 
@@ -272,8 +279,9 @@ class SelfExit:
                 [num_seqs, hidden_size].
             sample: Lets requests sample from a head's logits; called if tokens of some that are not greedy leave.
             draw: Lets requests draw with the random numbers of verification; called if some do.
+            context_length: Tokens of each sequence, on average.
         """
-        drafts = self.drafter.starts(len(requests))
+        drafts = self.drafter.starts(len(requests), context_length)
         sampled = describe() if drafts or self.config.exits_early else []
         limits = [one.limit for one in sampled]
         frontier = Frontier([one.token for one in sampled], [one.position for one in sampled], limits, runner.device)
@@ -437,8 +445,11 @@ class SelfExit:
             requests: Of every sequence of the batch.
         """
         last_round, self._verifying = self._verifying, None
-        if last_round is None or any(id(request) not in last_round.rows for request in requests):
+        known = [last_round is not None and id(request) in last_round.rows for request in requests]
+        if not any(known):
             self.drafter.policy.interrupt()
+        elif not all(known):
+            self.drafter.policy.note_prompts()
         if last_round is None:
             return
         for one in batch:
@@ -459,7 +470,7 @@ class SelfExit:
 
     @contextmanager
     def _kv_context(
-        self, runner: Runner, blocks: Blocks, counts: torch.Tensor | None, at: torch.Tensor
+        self, runner: Runner, blocks: Blocks, counts: torch.Tensor | None, at: torch.Tensor, *, kept: bool = True
     ) -> Iterator[torch.Tensor]:
         """A forward context of some tokens of some sequences, KV going to the target's own blocks.
 
@@ -470,6 +481,7 @@ class SelfExit:
             blocks: Of the sequences.
             counts: Tokens of each sequence, int64 [n], on the host; None for one each.
             at: Positions of the tokens, rising within a sequence, int64 [counts.sum()], on the host.
+            kept: Whether the tokens' own KV is.
 
         Yields:
             The positions, on the runner's device.
@@ -493,6 +505,8 @@ class SelfExit:
             if each is not None:
                 table = table.repeat_interleave(each, dim=0, output_size=num_tokens)
             slot_mapping = slots_of(table, positions, runner.block_sizes[number])
+            if not kept:
+                slot_mapping.fill_(NO_SLOT)
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
                 query_start_loc_cpu=starts,

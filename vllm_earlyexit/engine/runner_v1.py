@@ -122,7 +122,8 @@ class SelfExitProposer(SelfExit):
         def describe() -> list[Sampled]:
             return [sampled(row) for row in rows]
 
-        drafted = self.draft(RunnerV1(runner), [requests[row] for row in rows], describe, previous, from_head)
+        sampling, length = [requests[row] for row in rows], int(batch.num_tokens_no_spec[rows].mean())
+        drafted = self.draft(RunnerV1(runner), sampling, describe, previous, from_head, context_length=length)
         for row, draft in zip(rows, drafted, strict=True):
             drafts[row] = draft
         return drafts

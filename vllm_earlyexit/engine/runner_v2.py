@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_earlyexit.engine import ahead
+from vllm_earlyexit.engine.cost import Shape
 from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 from vllm_earlyexit.engine.verification import is_greedy, may_leave
@@ -141,7 +142,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         def passes(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             def run(mode: CUDAGraphMode) -> None:
                 hidden = self._no_states(desc.num_tokens)
-                with self.made_up(RunnerV2(self._runner), desc.num_tokens) as positions:
+                with self.made_up(RunnerV2(self._runner), Shape(desc.num_tokens)) as positions:
                     context = get_forward_context()
                     context.cudagraph_runtime_mode = mode
                     context.batch_descriptor = BatchDescriptor(num_tokens=desc.num_tokens)
@@ -366,7 +367,8 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
             return PlainSampler.sample_from_head(sampler, [places[row] for row in chosen], logits, drafted, newest)
 
         sampling, drawn = [requests[row] for row in rows], functools.partial(PlainSampler.draw, sampler)
-        found = self.draft(RunnerV2(self._runner), sampling, describe, previous, from_head, drawn)
+        length = sum(positions[row] for row in rows) // len(rows)
+        found = self.draft(RunnerV2(self._runner), sampling, describe, previous, from_head, drawn, length)
         for row, draft in zip(rows, found, strict=True):
             self._newest[batch.req_ids[row]].draft.extend(draft)
             drafts[row, : len(draft)] = torch.tensor(draft)
