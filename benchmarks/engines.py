@@ -6,10 +6,11 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from itertools import chain, cycle, islice
+from typing import Any, Protocol
 from unittest.mock import patch
 
 from benchmarks.oracle import PLAIN, Oracle
@@ -18,7 +19,8 @@ from vllm_earlyexit.engine.lookup import LONGEST
 from vllm_earlyexit.heads.fingerprint import model_folder, text_config
 
 EARLY = ("early", "early-heads", "oracle")
-T = TypeVar("T")
+DTYPES = ("bfloat16", "float32")
+"""What a configuration's name may end with, after an @."""
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Run:
     """One pass over the prompts at one concurrency.
 
     Attributes:
-        seconds: From the first request to the last token, without pauses.
+        seconds: From the first request to the last token.
         outputs: Generated token ids, prompt by prompt.
         drafts: Rounds in which something was drafted.
         drafted: Draft tokens verified.
@@ -69,6 +71,8 @@ class Setup:
         max_model_len: Prompt and answer.
         memory_share: Of an accelerator's memory, for each engine; None for vLLM's default.
         min_tokens: Shortest length at which answers are cut off; None for ``max_tokens``, so that all are alike.
+        prefix_caching: Whether vLLM caches prefixes; what it has cached is forgotten before every pass.
+        context: Tokens that prompts are lengthened to; see ``lengthened``.
     """
 
     model: str
@@ -80,6 +84,8 @@ class Setup:
     max_model_len: int
     memory_share: float | None = None
     min_tokens: int | None = None
+    prefix_caching: bool = False
+    context: int = 0
 
     def length(self, prompt: str) -> int:
         """Return at how many tokens the answer to a prompt is cut off: evenly distributed, the same in every run."""
@@ -90,8 +96,8 @@ class Setup:
 class Engine(Protocol):
     """Answers prompts greedily."""
 
-    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
-        """Answer all prompts, ``concurrency`` at a time; between steps others may go on."""
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
+        """Answer all prompts, ``concurrency`` at a time."""
 
     def limit(self, length: int) -> None:
         """Draft at most so many tokens from now on."""
@@ -100,18 +106,15 @@ class Engine(Protocol):
         """Ask for this with every request from now on."""
 
 
-def finished(steps: Generator[None, None, T]) -> T:
-    """Return what all steps together come to."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
-
-
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 LOWEST = 0.5
 """Lowest accuracy that an engine for early exits allows."""
+
+
+def named_dtype(config: str) -> tuple[str, str | None]:
+    """Return a configuration without its dtype, and that dtype, None if it names none."""
+    name, _, dtype = config.rpartition("@")
+    return (name, dtype) if dtype in DTYPES else (config, None)
 
 
 def family(config: str) -> tuple[str, int | float | None]:
@@ -119,13 +122,15 @@ def family(config: str) -> tuple[str, int | float | None]:
 
     That is the draft length of fixed rules, and the accuracy of early exits.
     """
-    name, *numbers = config.split(":")
-    if config == "undrafted":
+    whole, dtype = named_dtype(config)
+    name, *numbers = whole.split(":")
+    ending = f"@{dtype}" if dtype else ""
+    if whole == "undrafted":
         return config, 0
     if (name, len(numbers)) in (("fixed", 2), ("layerskip", 2), ("ngram", 2)):
-        return ":".join([name, *numbers[:-1]]), int(numbers[-1])
+        return ":".join([name, *numbers[:-1]]) + ending, int(numbers[-1])
     if name in EARLY and len(numbers) == 2:
-        return f"{name}:{numbers[0]}", float(numbers[1])
+        return f"{name}:{numbers[0]}{ending}", float(numbers[1])
     return config, None
 
 
@@ -138,7 +143,7 @@ def adjust(engine: Engine, changed: int | float | None) -> None:
 
 
 def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
-    """Return vLLM's ``speculative_config`` for the name of a configuration.
+    """Return vLLM's ``speculative_config`` for the name of a configuration, without its dtype.
 
     ``ar``: plain decoding. ``ar-sync``: the same without async scheduling, which self-exit does without, as vLLM on
     CPUs does in any case. ``undrafted``: self-exit that never drafts, to see what it costs then. ``unpadded``:
@@ -147,7 +152,8 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
     alone. ``entropy``: the calibrated threshold; ``entropy:A``: for accuracy A. ``fixed:E:K``: LayerSkip's rule, K
     tokens after layer E, with our heads. ``layerskip:E:K``: the same with LayerSkip's shared, untrained head; without
     numbers 4 tokens after a quarter of the layers. ``ngram:MIN:K``: vLLM's prompt lookup of K tokens after the
-    longest match, which has MIN tokens to as many as ours. ``early:FILL:A``: early exits with this fill-in and
+    longest match, which has MIN tokens to as many as ours. ``suffix:K``: vLLM's suffix decoding of at most K tokens,
+    which needs the package arctic-inference. ``early:FILL:A``: early exits with this fill-in and
     accuracy A, otherwise as ``self-exit``; ``early-heads:FILL:A``: as ``heads-only``. ``oracle:FILL``: early exits of
     tokens on which head and plain decoding agree. ``depth:N``: plain decoding of the model without its layers from
     the N-th on. ``eagle3:K:HEAD``: vLLM's EAGLE-3, K tokens with the head in this folder or of this Hub id.
@@ -184,11 +190,13 @@ def speculative_config(config: str, setup: Setup) -> dict[str, Any] | None:
         case "ngram", [least, length]:
             lookup = {"prompt_lookup_min": least, "prompt_lookup_max": max(least, LONGEST)}
             return {"method": "ngram", "num_speculative_tokens": length} | lookup
+        case "suffix", [length]:
+            return {"method": "suffix", "num_speculative_tokens": length}
     raise ValueError(
         f"there is no configuration {config!r}; write ar, ar-sync, undrafted, unpadded, self-exit[:LAYER], "
         "heads-only[:LAYER], entropy[:ACCURACY], fixed:LAYER:LENGTH, layerskip[:LAYER:LENGTH], ngram:MIN:LENGTH, "
-        "early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, eagle3:LENGTH:HEAD or "
-        "transformers:LAYER"
+        "suffix:LENGTH, early:FILL:ACCURACY, early-heads:FILL:ACCURACY, oracle:FILL, depth:LAYERS, "
+        "eagle3:LENGTH:HEAD or transformers:LAYER, each with @bfloat16 or @float32 if not in --dtype"
     )
 
 
@@ -216,7 +224,7 @@ class VLLMEngine:
                 enforce_eager=not setup.compiled,
                 max_model_len=setup.max_model_len,
                 max_num_seqs=setup.max_num_seqs,
-                enable_prefix_caching=False,
+                enable_prefix_caching=setup.prefix_caching,
                 speculative_config=speculative_config(config, setup),
                 disable_log_stats=False,
                 **shallower,
@@ -228,24 +236,21 @@ class VLLMEngine:
         if name == "oracle":
             self._oracle, self._asked = Oracle(adapter_of(self._llm)), {ACCURACY: LOWEST}
 
-    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
         """Answer all prompts; as soon as one is done the next one starts."""
-        asked = [(self._prompt(prompt), self._setup.length(prompt)) for prompt in prompts]
+        tokens = prompt_tokens(self._llm.get_tokenizer(), prompts, self._setup.context)
+        asked = [(ids, self._setup.length(prompt)) for ids, prompt in zip(tokens, prompts, strict=True)]
         if self._oracle is not None:
             new = [(prompt, length) for prompt, length in asked if tuple(prompt) not in self._plain_outputs]
-            plain = finished(self._answers(new, concurrency, PLAIN))
+            plain = self._answers(new, concurrency, PLAIN)
             self._plain_outputs |= zip((tuple(prompt) for prompt, _ in new), plain, strict=True)
+        if self._setup.prefix_caching:
+            self._llm.reset_prefix_cache()
         before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
-            answering, answers, seconds = self._answers(asked, concurrency, self._asked), None, 0.0
-            while answers is None:
-                started = time.perf_counter()
-                try:
-                    next(answering)
-                except StopIteration as done:
-                    answers = done.value
-                seconds += time.perf_counter() - started
-                yield
+            started = time.perf_counter()
+            answers = self._answers(asked, concurrency, self._asked)
+            seconds = time.perf_counter() - started
         after = self._counts()
         drafts, drafted, accepted, *accepted_at = (now - then for now, then in zip(after, before, strict=True))
         predicted, measured = (now - then for now, then in zip(self._expected(), expected, strict=True))
@@ -254,7 +259,7 @@ class VLLMEngine:
 
     def _answers(
         self, prompts: list[tuple[list[int], int]], concurrency: int, asking: dict[str, Any]
-    ) -> Generator[None, None, list[list[int]]]:
+    ) -> list[list[int]]:
         """Answer prompts in so many tokens, as soon as one is done the next one, asking for this with every request."""
         from vllm import SamplingParams
 
@@ -274,7 +279,6 @@ class VLLMEngine:
                 if output.finished:
                     outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
                     running -= 1
-            yield
         return [outputs[number] for number in range(first, self._number)]
 
     def limit(self, length: int) -> None:
@@ -300,16 +304,11 @@ class VLLMEngine:
         """Return generated tokens as text."""
         return self._llm.get_tokenizer().decode(tokens, skip_special_tokens=True)
 
-    def _prompt(self, prompt: str) -> list[int]:
-        return self._llm.get_tokenizer().apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-
     def likelihood(self, prompts: list[str], answers: list[list[int]]) -> tuple[float, float]:
         """Return how likely this engine finds answers, see ``benchmarks.quality.judged``."""
         from vllm import SamplingParams
 
-        asked = [self._prompt(prompt) for prompt in prompts]
+        asked = prompt_tokens(self._llm.get_tokenizer(), prompts, 0)
         whole: list[Any] = [{"prompt_token_ids": [*p, *a]} for p, a in zip(asked, answers, strict=True)]
         judged = self._llm.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         means, first, count = [], 0, 0
@@ -349,27 +348,22 @@ class TransformersEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(setup.model, dtype=getattr(torch, setup.dtype))
         self._model = model.eval()
 
-    def running(self, prompts: list[str], concurrency: int, split: bool = False) -> Generator[None, None, Run]:
+    def run(self, prompts: list[str], concurrency: int, split: bool = False) -> Run:
         """Answer all prompts one after the other, whatever ``concurrency``."""
-        outputs, seconds = [], 0.0
-        for prompt in prompts:
-            started = time.perf_counter()
-            inputs = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+        import torch
+
+        asked, outputs = prompt_tokens(self._tokenizer, prompts, self._setup.context), []
+        started = time.perf_counter()
+        for prompt, ids in zip(prompts, asked, strict=True):
             answer = self._model.generate(
-                **inputs,
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 max_new_tokens=self._setup.length(prompt),
                 do_sample=False,
                 assistant_early_exit=self._layer,
             )
-            outputs.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
-            seconds += time.perf_counter() - started
-            yield
-        return Run(seconds, outputs)
+            outputs.append(answer[0, len(ids) :].tolist())
+        return Run(time.perf_counter() - started, outputs)
 
     def limit(self, length: int) -> None:
         """transformers chooses by itself."""
@@ -394,9 +388,39 @@ def drafter_of(llm: Any) -> Any:
     return getattr(adapter_of(llm), "drafter", None)
 
 
+def prompt_tokens(tokenizer: Any, prompts: list[str], context: int) -> list[list[int]]:
+    """Return the token ids of prompts as a chat asks them, lengthened to ``context``."""
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for prompt in prompts
+    ]
+    if not context:
+        return asked
+    return lengthened(asked, [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts], context)
+
+
+def lengthened(asked: list[list[int]], texts: list[list[int]], length: int) -> list[list[int]]:
+    """Return token ids with those of the other prompts' texts, again and again, in front: ``length`` altogether.
+
+    No two begin with the same token, as long as there are tokens enough, so that they have no prefix in common. What is
+    longer already stays as it is.
+    """
+    found, begun = [], set[int]()
+    for number, ids in enumerate(asked):
+        others = list(chain.from_iterable(texts[number + 1 :] + texts[:number]))
+        first = next((at for at, token in enumerate(others) if token not in begun), 0)
+        begun.add(others[first])
+        found.append([*islice(cycle(others[first:] + others[:first]), max(0, length - len(ids))), *ids])
+    return found
+
+
 def build(config: str, setup: Setup) -> Engine:
     """Return the engine of a configuration; see ``speculative_config``, and ``transformers:E``."""
-    return TransformersEngine(config, setup) if config.startswith("transformers") else VLLMEngine(config, setup)
+    name, dtype = named_dtype(config)
+    setup = replace(setup, dtype=dtype or setup.dtype)
+    return TransformersEngine(name, setup) if name.startswith("transformers") else VLLMEngine(name, setup)
 
 
 @contextmanager

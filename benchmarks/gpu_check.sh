@@ -38,7 +38,7 @@ step lossless-v2 env VLLM_USE_V2_MODEL_RUNNER=1 "$BIN/python" -m pytest tests/v2
 step sampling-v2 env VLLM_USE_V2_MODEL_RUNNER=1 "$BIN/python" -m pytest tests/engine/test_sampling.py tests/engine/test_statistics.py
 step lossless-v1 env VLLM_USE_V2_MODEL_RUNNER=0 "$BIN/python" -m pytest tests/engine/test_lossless.py
 
-# Tokens per second, in bfloat16 and compiled, on the runner that vLLM chooses.
+# Tokens per second, in bfloat16 and compiled, on the runner that vLLM chooses; it fails where these cannot be believed.
 if [ $# -ge 3 ]; then
     model="$1" heads=(--heads "$2") prompts="$3"
 else
@@ -48,7 +48,7 @@ fi
 configs=(ar self-exit heads-only ngram:2:4)
 [ $# -ge 4 ] && configs+=("eagle3:4:$4")
 step throughput "$BIN/python" -m benchmarks.throughput --model "$model" ${heads[@]+"${heads[@]}"} --prompts "$prompts" \
-    --num-prompts 20 --max-tokens 128 --concurrency 1 8 32 --repeats "${REPEATS:-5}" --configs "${configs[@]}" --out "$OUT/throughput"
+    --num-prompts 20 --max-tokens 128 --concurrency 1 8 32 --dtype bfloat16 --repeats "${REPEATS:-5}" --configs "${configs[@]}" --out "$OUT/throughput"
 
 cat "$OUT/summary.txt"
 tar -czf gpu-check.tar.gz -C "$(dirname "$OUT")" "$(basename "$OUT")" && echo "gpu-check.tar.gz is what to send back"

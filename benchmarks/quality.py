@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import Run, Setup, VLLMEngine, adjust, family, finished, speculative_config
+from benchmarks.engines import Run, Setup, VLLMEngine, adjust, family, speculative_config
 from benchmarks.pictures import quality_against_speed
 from benchmarks.throughput import early_exits, setup_of, spread
 from vllm_earlyexit.provenance import provenance
@@ -146,15 +146,15 @@ def answered(
         warm_up: Prompts that every configuration answers before them, as a server would have.
     """
     engine = VLLMEngine(configs[0], setup)
-    finished(engine.running(tasks[0].prompts[:2], concurrency))
+    engine.run(tasks[0].prompts[:2], concurrency)
     found = []
     for config in configs:
         adjust(engine, family(config)[1])
         if warm_up:
-            finished(engine.running(warm_up, concurrency))
+            engine.run(warm_up, concurrency)
         found.append([])
         for task in tasks:
-            run = finished(engine.running(task.prompts, concurrency))
+            run = engine.run(task.prompts, concurrency)
             found[-1].append((run, [engine.text(tokens) for tokens in run.outputs]))
     return found
 

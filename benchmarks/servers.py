@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vllm_earlyexit.turns import Group
 
 START_SECONDS = 240
 
@@ -30,8 +31,8 @@ def vllm_command() -> str:
     return str(beside) if beside.exists() else shutil.which("vllm") or "vllm"
 
 
-class Server:
-    """A running ``vllm serve``.
+class Server(Group):
+    """A running ``vllm serve``, with all of its processes.
 
     Args:
         model: Folder.
@@ -45,7 +46,7 @@ class Server:
         env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as out:
-            self.process = subprocess.Popen([*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
+            super().__init__([*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
 
     @property
     def url(self) -> str:
@@ -79,15 +80,6 @@ class Server:
         lines = [line for line in self.metrics().splitlines() if label in line]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
 
-    def stop(self) -> int:
-        """Ask it to end as an operator would; return its exit code, below 0 if it had to be killed."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
 
 @contextmanager
 def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
@@ -97,5 +89,4 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
         server.wait()
         yield server
     finally:
-        if server.process.poll() is None:
-            server.stop()  # killed, it would leave its worker behind
+        server.stop()

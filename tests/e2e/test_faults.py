@@ -63,7 +63,7 @@ def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[s
             os.kill(worker, signal.SIGKILL)
             assert all(isinstance(one.exception(timeout=120), OpenAIError) for one in lost), "clients are told"
         server.process.wait(timeout=120)  # vLLM ends the server; whoever watches it starts it again
-    assert_gone(below)
+        assert_gone(below)
 
 
 def test_too_little_memory_ends_the_server_as_it_ends_a_plain_one(
@@ -79,6 +79,7 @@ def test_too_little_memory_ends_the_server_as_it_ends_a_plain_one(
             below |= processes(server.process.pid)
             time.sleep(0.5)
         assert_gone(below)
+        server.stop()
         said = re.search(r"requested memory for kv \(4000.0 GiB\)[^'\n]*", server.log.read_text())
         ends.append((server.process.returncode, said and said[0]))
     assert ends[0] == ends[1]

@@ -93,16 +93,17 @@ def test_a_server_answers_what_a_plain_one_answers(
     assert all(name == "weather" and arguments for name, arguments in found[1])
 
 
-def test_a_running_server_is_driven_by_vllms_own_benchmark(server: Server, smollm2: Path, tmp_path: Path):
+def test_servers_are_driven_by_vllms_own_benchmark(smollm2: Path, tmp_path: Path):
     asked = tmp_path / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"id": n, "turns": [f"Count to {n}."]}) + "\n" for n in (3, 5)))
-    address = f"http://127.0.0.1:{server.port}"
-    command = [sys.executable, "-m", "benchmarks.serve", f"ours={address}", "--out", tmp_path]
-    command += ["--model", smollm2, "--served-model-name", "smollm2", "--prompts", asked, "--num-prompts", "2"]
-    subprocess.run([*command, "--max-tokens", "16", "--repeats", "1"], check=True)
+    command = [sys.executable, "-m", "benchmarks.serve", "ours=--speculative-model [self-exit]", "--out", tmp_path]
+    command += ["--serve-arguments", "--dtype float32 --enforce-eager --max-model-len 1024"]
+    command += ["--model", smollm2, "--prompts", asked, "--num-prompts", "2", "--alone-repeats", "1"]
+    done = subprocess.run([*command, "--max-tokens", "16", "--repeats", "1"], check=False)
     (found,) = json.loads((tmp_path / "results.json").read_text())
     assert (found["server"], found["completed"], found["speedup"]) == ("ours", 2, 1)
     assert found["repeats"][0] > 0
+    assert found["believable"] == (done.returncode == 0)
     assert 0 < found["acceptance_rate"] < 1
 
 
@@ -156,6 +157,7 @@ def early_exits_are_for_who_asks(server: Server, client: OpenAI, asked: list[str
 def test_bad_heads_end_the_server_with_one_sentence(smollm2: Path, tmp_path: Path):
     failing = Server(smollm2, tmp_path / "server.log", *FLAGS, "--speculative-model", "[self-exit]:no/such/heads")
     assert failing.process.wait(timeout=START_SECONDS) != 0
+    failing.stop()
     log = failing.log.read_text()
     assert "self-exit: there is no heads folder 'no/such/heads'" in log
     assert "Loading weights" not in log

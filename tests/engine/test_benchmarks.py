@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.engines import Setup, VLLMEngine, finished
+from benchmarks.engines import Setup, VLLMEngine, prompt_tokens
 from tests.engine.conftest import clean_up
 from tests.engine.tiny import add_tokenizer, tiny_model
 
@@ -32,7 +32,7 @@ def test_a_static_depth_is_the_model_without_its_last_layers(architecture: str, 
     model, prompt = tiny_model(tmp_path / "model", architecture), [5, 6, 7, 8]
     add_tokenizer(model)
     with benchmarked("depth:3", model) as engine:
-        (said,) = finished(engine._answers([(prompt, 32)], 1, {}))
+        (said,) = engine._answers([(prompt, 32)], 1, {})
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, num_hidden_layers=3)
     expected = reference.generate(torch.tensor([prompt]), max_new_tokens=32, min_new_tokens=32, do_sample=False)
     assert said == expected[0, len(prompt) :].tolist()
@@ -45,8 +45,9 @@ def test_a_static_depth_is_the_model_without_its_last_layers(architecture: str, 
 def test_an_oracle_lets_tokens_leave_where_the_head_is_right(smollm2: Path, prompts: list[str], fill_in: str):
     asked = prompts[:4]
     with benchmarked(f"oracle:{fill_in}", smollm2) as engine:
-        run = finished(engine.running(asked, 4))
-        plain = [engine._plain_outputs[tuple(engine._prompt(prompt))] for prompt in asked]
+        run = engine.run(asked, 4)
+        tokens = prompt_tokens(engine._llm.get_tokenizer(), asked, 0)
+        plain = [engine._plain_outputs[tuple(ids)] for ids in tokens]
     left = run.early
     assert left["early_tokens"] > 5
     assert left["early_tokens"] + left["full_depth_tokens"] == run.tokens - 4, "each prompt gives its first token"
