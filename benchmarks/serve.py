@@ -42,6 +42,8 @@ from vllm_earlyexit.provenance import provenance
 from vllm_earlyexit.training.records import read_records
 
 MEASURED = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "completed", "total_output_tokens")
+COMPILED_SECONDS = 1200
+"""In which a server starts that has to compile its model first."""
 Run = dict[str, Any]
 """What ``vllm bench serve`` measured."""
 
@@ -203,7 +205,7 @@ class Servers:
         log = self._folder / f"{entrant.name}.log"
         server = self.running[entrant.name] = Server(Path(self._options.model), log, *arguments)
         try:
-            server.wait()
+            server.wait(COMPILED_SECONDS)
         except RuntimeError as error:
             raise SystemExit(f"{entrant.name}: {error}") from None
         ask(entrant.name, server, load, first)

@@ -53,13 +53,13 @@ class Server(Group):
         """Where its OpenAI-compatible API is."""
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def wait(self) -> None:
-        """Wait until it answers.
+    def wait(self, seconds: float = START_SECONDS) -> None:
+        """Wait until it answers, at most so long.
 
         Raises:
             RuntimeError: it has ended, or does not answer in time; the message ends with its log.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"vllm serve ended:\n{self.log.read_text()[-4000:]}")
