@@ -16,6 +16,9 @@ from benchmarks.engines import Run, Setup, adjust, build
 from vllm_earlyexit import turns
 from vllm_earlyexit.demo import cpu_environment
 
+WARM_UP = 2
+"""Prompts that are answered at least before what counts."""
+
 
 def engine_environment() -> dict[str, str]:
     """Return this process's environment for an engine: as vLLM's CPU documentation advises, several side by side."""
@@ -52,7 +55,7 @@ class Host:
         question = {
             "concurrency": concurrency,
             "changed": changed,
-            "warm_up": min(self._prompts, 2 * concurrency),
+            "warm_up": min(self._prompts, max(WARM_UP, concurrency)),
             "passes": passes,
             "split": split,
         }

@@ -71,7 +71,7 @@ class Setup:
         max_model_len: Prompt and answer.
         memory_share: Of an accelerator's memory, for each engine; None for vLLM's default.
         min_tokens: Shortest length at which answers are cut off; None for ``max_tokens``, so that all are alike.
-        prefix_caching: Whether vLLM caches prefixes; what it has cached is forgotten before every pass.
+        prefix_caching: Whether vLLM caches prefixes, also from pass to pass: warm, a pass only decodes.
         context: Tokens that prompts are lengthened to; see ``lengthened``.
     """
 
@@ -244,8 +244,6 @@ class VLLMEngine:
             new = [(prompt, length) for prompt, length in asked if tuple(prompt) not in self._plain_outputs]
             plain = self._answers(new, concurrency, PLAIN)
             self._plain_outputs |= zip((tuple(prompt) for prompt, _ in new), plain, strict=True)
-        if self._setup.prefix_caching:
-            self._llm.reset_prefix_cache()
         before, parts, expected, early = self._counts(), {}, self._expected(), self.early_counts()
         with timed_parts(self._llm, parts) if split else _nothing():
             started = time.perf_counter()

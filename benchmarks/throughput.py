@@ -348,7 +348,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="Lengthen prompts to so many tokens, with other prompts in front; by default they stay as they are.",
     )
-    parser.add_argument("--prefix-caching", action="store_true", help="vLLM caches prefixes, within a pass.")
+    parser.add_argument("--prefix-caching", action="store_true", help="vLLM caches prefixes, from pass to pass.")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="Requests at a time.")
     parser.add_argument(
         "--configs",

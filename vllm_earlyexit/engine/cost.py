@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.earlyexit")
 
 DRIFT = 0.2
 """Share by which a step may have become slower or faster until kept times do not hold any more."""
-TRIES = 3
+TRIES = 2
 """How often times are taken until they are those of a quiet machine."""
 UNSTEADY = 1.5
 """Median over fastest run of a size from which on something ran beside it."""
