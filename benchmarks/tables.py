@@ -45,6 +45,8 @@ PARTS = {
     "lm_head": "lm_head",
     "engine": "the rest",
 }
+WIDTH = 100
+"""Longest line of a document that is not a table's row."""
 GAIN = 1.02
 """Median of relative speeds from which on something gains, if every single one is above 1, too."""
 Row = Sequence[str]
@@ -226,11 +228,12 @@ class Results:
         for path, content in self.used.items():
             records = content if isinstance(content, list) else [content]
             source, repeats = records[0].get("provenance", {}), max(len(r.get("ratios") or ()) for r in records)
-            about = [source["cpu"], f"{source['cores']} cores"] if "cpu" in source else []
+            about = [source["cpu"], f"{source['cores']} core" + "s" * (source["cores"] > 1)] if "cpu" in source else []
             about += [f"{repeats} repeats"] if repeats else []
             name = path.stem if path.parent == self.folder else path.parent.name
             line = f"- [{name}]({Path(os.path.relpath(path, document.parent)).as_posix()})"
-            found.append(": ".join([line, ", ".join(about)] if about else [line]))
+            whole = f"{line}: {', '.join(about)}" if about else line
+            found += [whole] if len(whole) <= WIDTH else [f"{line}:", f"  {', '.join(about)}"]
         return found
 
 
@@ -361,19 +364,19 @@ def demo(results: Results, file: str) -> list[Row]:
 
 
 def quality(results: Results, *folders: str, task: str = "") -> list[Row]:
-    """What early exits cost and save: of each configuration the speed, the score, and tokens that left."""
+    """What early exits cost and save: speed, score, and tokens that left.
+
+    It has no relative speeds: ``benchmarks.quality`` runs configurations once, one after the other.
+    """
     records = [record for folder in folders for record in results.records(folder) if task in ("", record["task"])]
-    base = {(r["from"], r["task"]): r["tokens_per_s"] for r in records if r["config"] == "ar"}
-    columns = ["tokens/s", "x plain", "solved", "first choice", "log-probability", "early tokens", "agreed"]
+    columns = ["tokens/s", "solved", "first choice", "log-probability", "early tokens", "agreed"]
     rows: list[Row] = []
     for record in records:
-        early, own, score = record["early_exits"] or {}, base.get((record["from"], record["task"])), record["score"]
-        likely = record.get("log_likelihood_per_token")
+        early, score, likely = record["early_exits"] or {}, record["score"], record.get("log_likelihood_per_token")
         rows.append(
             [
                 words(record["config"]),
                 f"{record['tokens_per_s']:.1f}",
-                f"{record['tokens_per_s'] / own:.2f} x" if own and record["config"] != "ar" else "",
                 "" if score is None else f"{percent(score)} ({100 * record['standard_error']:.1f})",
                 percent(record.get("full_model_choice")),
                 "" if likely is None else f"{likely:.3f}",
