@@ -289,8 +289,8 @@ class AutoPolicy:
         self._fast = False
         self.times: Sequence[StepTimes] | None = None
         """For each exit, set once they are measured; until then nothing is drafted."""
-        self._context = 0
-        self._pace = 1.0
+        self._priced: Sequence[StepTimes] = ()
+        self._context, self._pace = 0, 1.0
         self._rates: dict[int, tuple[float, float]] = {}
         self._values: dict[tuple[int, int, int, Limits | None], tuple[tuple[float, float], Worth]] = {}
         self._drafted: dict[int, list[Drafted]] = {}
@@ -318,6 +318,7 @@ class AutoPolicy:
         self._copied_seconds = self._worth = 0.0
         self._rounds += 1
         self._seen, self._context = self._monitor.of(num_seqs, context), context
+        self._priced = [times.at_context(context) for times in self.times]
         self._allowed = self._seen.start(self._kinds)
         if self._plain_rounds == 0 and 1 < self._rounds <= FIRST:
             self._allowed = frozenset()
@@ -352,10 +353,9 @@ class AutoPolicy:
 
     def _choose_exit(self, rows: np.ndarray) -> float:
         """Choose where to ask the head about these sequences; return what that is worth, in tokens."""
-        assert self.times is not None
         if len(rows) == 0 or "heads" not in self._allowed:
             return 0.0
-        worth = [self._worth_of(number, rows) for number in range(len(self.times))]
+        worth = [self._worth_of(number, rows) for number in range(len(self._priced))]
         self.exit = int(np.argmax(worth))
         return worth[self.exit]
 
@@ -515,8 +515,7 @@ class AutoPolicy:
 
     @property
     def _times(self) -> StepTimes:
-        assert self.times is not None
-        return self.times[self.exit].at_context(self._context)
+        return self._priced[self.exit]
 
     def _worth_of(self, number: int, rows: np.ndarray) -> float:
         """Return what asking an exit's head about these sequences is worth at the start of a round, in tokens."""
@@ -532,13 +531,11 @@ class AutoPolicy:
 
     def _head(self, n: int, cut: int) -> float:
         """Return the seconds that asking an exit's head for n rows adds to a round."""
-        assert self.times is not None
-        return float(self.times[cut].at_context(self._context).at("head", n)) + self._overhead
+        return float(self._priced[cut].at("head", n)) + self._overhead
 
     def _between(self, cut: int, n: np.ndarray | int) -> np.ndarray:
         """Return the seconds that n tokens take from an exit to the next one."""
-        assert self.times is not None
-        below, further = (self.times[at].at_context(self._context).at("shallow", n) for at in (cut, cut + 1))
+        below, further = (self._priced[at].at("shallow", n) for at in (cut, cut + 1))
         return np.maximum(0.0, further - below)
 
     def _added(self, m: np.ndarray | int) -> np.ndarray:
