@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,12 +35,13 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     """An in-process vLLM engine, float32 and eager unless told otherwise; all its state is gone afterwards."""
     from vllm import LLM
 
-    from vllm_earlyexit.engine import seams
+    from vllm_earlyexit.engine import cost, seams
 
     if interpreter.ON_V2:
         interpreter.mend()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
-    llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
+    with patch.object(cost, "quiet", lambda runs: True):  # tests share the machine: times are taken once all the same
+        llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
     try:
         assert not (seams.built_in() and seams.applied())
         yield llm

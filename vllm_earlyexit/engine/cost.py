@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ DRIFT = 0.2
 """Share by which a step may have become slower or faster until kept times do not hold any more."""
 TRIES = 2
 """How often times are taken until they are those of a quiet machine."""
+REPEATS, FEWEST, ENOUGH = 7, 3, 10.0
+"""Runs of each size, and how few there may be once they have taken so many seconds."""
 UNSTEADY = 1.5
 """Median over fastest run of a size from which on something ran beside it."""
 MEASURED_CONTEXT, LONG_CONTEXT, COARSER = 256, 8192, 1.25
@@ -160,7 +163,7 @@ Run = Callable[[Shape], list[float]]
 """Runs all parts over some tokens in the order of ``PartTimes`` and returns the seconds of each."""
 
 
-def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT, repeats: int = 7) -> tuple[PartTimes, bool]:
+def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT) -> tuple[PartTimes, bool]:
     """Time every part at every size up to ``longest`` tokens.
 
     Args:
@@ -168,7 +171,6 @@ def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT, repeat
             between.
         longest: The largest size that can be run.
         most_context: The longest context that can be.
-        repeats: Runs of each size; the median counts.
 
     Returns:
         The times, and whether the machine had nothing else to do meanwhile, as far as can be told from them.
@@ -176,8 +178,12 @@ def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT, repeat
     shapes = [Shape(size) for size in SIZES if size <= longest] or [Shape(1)]
     for shape in shapes:
         run(shape)
-    # Sizes take turns: what disturbs the machine for a while disturbs them all.
-    runs = np.array([[run(shape) for shape in shapes] for _ in range(repeats)])
+    taken: list[list[list[float]]] = []
+    started = time.perf_counter()
+    while len(taken) < FEWEST or (len(taken) < REPEATS and time.perf_counter() - started < ENOUGH):
+        # Sizes take turns: what disturbs the machine for a while disturbs them all.
+        taken.append([run(shape) for shape in shapes])
+    runs = np.array(taken)
     # A step that is slower than one of more tokens can be filled up to it, so its parts are worth what that one's are.
     *parts, plain = np.median(runs, axis=0).T
     rising = np.minimum.accumulate(np.array(parts)[:, ::-1], axis=1)[:, ::-1]
@@ -205,7 +211,7 @@ def quiet(runs: np.ndarray) -> bool:
     return True
 
 
-def _attention(run: Run, context: int, parts: int, repeats: int = 3) -> Attention:
+def _attention(run: Run, context: int, parts: int) -> Attention:
     """Return ``PartTimes.attention``, from steps in a short and in a long context; zeros if contexts are short."""
     none = (0.0,) * parts
     if context < 2 * MEASURED_CONTEXT:
@@ -213,7 +219,7 @@ def _attention(run: Run, context: int, parts: int, repeats: int = 3) -> Attentio
     shapes = [Shape(tokens, at, spread=False) for tokens in (1, MORE) for at in (MEASURED_CONTEXT, context)]
     for shape in shapes:
         run(shape)
-    seconds = np.median([[run(shape) for shape in shapes] for _ in range(repeats)], axis=0)
+    seconds = np.median([[run(shape) for shape in shapes] for _ in range(FEWEST)], axis=0)
     near, far, near_more, far_more = seconds / (context - MEASURED_CONTEXT)
     first = np.maximum(0.0, far - near)
     more = np.maximum(0.0, (far_more - near_more - first) / (MORE - 1))
