@@ -25,6 +25,16 @@ def engine_environment() -> dict[str, str]:
     return cpu_environment() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
 
 
+def claim_cores() -> None:
+    """Let engines that this process starts have all cores, unless it was told which; see ``throughput.own_cores``.
+
+    Ray has bound it to one, and has set the number of threads to its share.
+    """
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel takes out those that are not allowed
+        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+
+
 class Host:
     """Has one engine on its node, which serves all configurations of a family."""
 
@@ -35,8 +45,8 @@ class Host:
         """
         self._prompts = len(prompts)
         self._folder = Path(tempfile.mkdtemp(prefix="throughput-"))
-        cores = str(len(os.sched_getaffinity(0)))  # Ray has set it to this actor's share
-        environment = engine_environment() | {"OMP_NUM_THREADS": cores}
+        claim_cores()
+        environment = engine_environment()
         command = [sys.executable, "-m", "benchmarks.contestant"]
         self._child = turns.Child(config, command, self._folder / "engine.log", environment)
         seconds = self._child.ask({"config": config, "setup": asdict(setup), "prompts": prompts})

@@ -221,6 +221,15 @@ def _predicted(runs: list[Run]) -> float | None:
     return round(sum(run.predicted for run in runs) / measured, 3) if measured else None
 
 
+def own_cores() -> dict[str, str]:
+    """Return the environment of engines that run on this process's cores.
+
+    Asked by an actor of Ray the system may name one core: OpenMP, preloaded, binds whoever starts Ray's processes.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
+
+
 class Engines:
     """The engines, by family: each is a process on a node that Ray chose; see ``contestant.Host``.
 
@@ -241,9 +250,10 @@ class Engines:
         os.environ.setdefault("RAY_worker_niceness", "0")
         local: dict[str, Any] = {"include_dashboard": False, "num_cpus": len(self.families)}
         ray.init(address=address, log_to_driver=False, **({} if address else local))
+        own = {} if address else own_cores()
         passed = {key: value for key, value in os.environ.items() if key.startswith(("LD_PRELOAD", "VLLM_", "HF_HUB_"))}
         path = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = passed | {"PYTHONPATH": os.pathsep.join(path)}
+        environment = own | passed | {"PYTHONPATH": os.pathsep.join(path)}
         placed: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if address else {}
         self._shared: dict[str, Any] = {}
         if accelerator_name():

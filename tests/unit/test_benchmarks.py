@@ -23,7 +23,7 @@ from benchmarks.engines import Run, Setup, family, lengthened, named_dtype, spec
 from benchmarks.oracle import Oracle
 from benchmarks.quality import families
 from benchmarks.roofline import H100, SHAPES, best, speedup
-from benchmarks.throughput import Measured, contenders, early_exits, record, spread, turns
+from benchmarks.throughput import Measured, contenders, early_exits, own_cores, record, spread, turns
 from tests.unit.helpers import LAYERS, make_model
 from vllm_earlyexit.engine.cost import StepTimes
 from vllm_earlyexit.engine.early_exit import Limits
@@ -552,3 +552,22 @@ def test_draws_agree_with_what_is_sampled_as_often_as_their_coupling_says():
     assert limit == pytest.approx(0.4 + 0.2)
     assert drawn == pytest.approx(sum(both), abs=0.015)
     assert first < drawn < limit
+
+
+def test_engines_get_all_cores_though_what_starts_them_is_bound_to_one():
+    """OpenMP, preloaded, binds Ray's processes to one core; plain vLLM on that core looked half as fast as it is."""
+    allowed = os.sched_getaffinity(0)
+    asked = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.environ |= GIVEN\n"
+    asked += "from benchmarks.contestant import claim_cores, engine_environment\n"
+    asked += "claim_cores(); e = engine_environment()\n"
+    asked += "print(e['VLLM_CPU_OMP_THREADS_BIND'], e['OMP_NUM_THREADS'])"
+    plain = {key: value for key, value in os.environ.items() if key != "VLLM_CPU_OMP_THREADS_BIND"}
+
+    def environment(given: dict[str, str]) -> str:
+        command = [sys.executable, "-c", asked.replace("GIVEN", repr(given))]
+        return subprocess.run(command, env=plain, check=True, capture_output=True, text=True).stdout.split("\n")[0]
+
+    everything = f"{','.join(map(str, sorted(allowed)))} {len(allowed)}"
+    assert environment({}) == everything
+    assert environment(own_cores()) == everything
+    assert environment({"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}) == "0 1"
