@@ -187,6 +187,14 @@ def test_a_slow_size_is_filled_with_unlikely_copies(plain: tuple[int, ...], copi
     assert policy.append(lambda: [Repeat(SHORTEST, (5, 6, 7, 8))]) == copied
 
 
+def test_sizes_that_take_their_share_are_not_timed():
+    machine = Machine(1.0)
+    times, _ = measure(machine.run, longest=128)
+    assert times.sizes == (1, 2, 3, 4, 5, 6, 8, 12), "twelve tokens take twelve times as long as one"
+    assert times.of_exit(0).at("plain", 100) == pytest.approx(100.0)
+    assert measure(lambda shape: [1.0] * 4, longest=128)[0].sizes[-1] == 128
+
+
 def test_each_exit_has_the_layers_below_and_above_it():
     none = (0.0,) * 6
     parts = PartTimes((1,), ((1.0,), (2.0,), (4.0,), (8.0,), (16.0,), (32.0,)), (none, none))

@@ -22,6 +22,8 @@ TRIES = 2
 """How often times are taken until they are those of a quiet machine."""
 REPEATS, FEWEST, ENOUGH = 7, 3, 10.0
 """Runs of each size, and how few there may be once they have taken so many seconds."""
+PLENTY = 8.0
+"""Times what one token takes from which on larger sizes are not timed: what they take more rises with their number."""
 UNSTEADY = 1.5
 """Median over fastest run of a size from which on something ran beside it."""
 MEASURED_CONTEXT, LONG_CONTEXT, COARSER = 256, 8192, 1.25
@@ -175,9 +177,7 @@ def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT) -> tup
     Returns:
         The times, and whether the machine had nothing else to do meanwhile, as far as can be told from them.
     """
-    shapes = [Shape(size) for size in SIZES if size <= longest] or [Shape(1)]
-    for shape in shapes:
-        run(shape)
+    shapes = _worth_timing(run, [Shape(size) for size in SIZES if size <= longest] or [Shape(1)])
     taken: list[list[list[float]]] = []
     started = time.perf_counter()
     while len(taken) < FEWEST or (len(taken) < REPEATS and time.perf_counter() - started < ENOUGH):
@@ -190,6 +190,18 @@ def measure(run: Run, longest: int, most_context: int = MEASURED_CONTEXT) -> tup
     sizes = tuple(shape.tokens for shape in shapes)
     attention = _attention(run, min(most_context, LONG_CONTEXT), runs.shape[-1])
     return PartTimes(sizes, (*map(tuple, rising.tolist()), tuple(plain.tolist())), attention), quiet(runs)
+
+
+def _worth_timing(run: Run, shapes: list[Shape]) -> list[Shape]:
+    """Run shapes, the smallest first, and return them up to the first that takes ``PLENTY`` times as long as one."""
+    one = 0.0
+    for number, shape in enumerate(shapes):
+        run(shape)  # makes kernels
+        seconds = sum(run(shape)) if shape.tokens > MORE or not one else 0.0
+        one = one or seconds
+        if seconds > PLENTY * one:
+            return shapes[: number + 1]
+    return shapes
 
 
 def quiet(runs: np.ndarray) -> bool:
@@ -243,11 +255,12 @@ def measured(path: Path, run: Run, longest: int, most_context: int = MEASURED_CO
         holds = False
     if holds:
         return times
+    started = time.perf_counter()
     for _ in range(TRIES):
         times, undisturbed = measure(run, longest, most_context)
-        if undisturbed:
+        if undisturbed or time.perf_counter() - started > TRIES * ENOUGH:
             break
-    else:
+    if not undisturbed:
         words = "self-exit: something else ran while step times were taken; they are taken again at the next start"
         logger.warning(words)
         return times
