@@ -35,6 +35,7 @@ def assert_gone(pids: Iterable[int]) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.matrix("full")
 def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[str], tmp_path: Path):
     shipped = shipped_heads(fingerprint(smollm2))
     assert shipped is not None
@@ -66,6 +67,7 @@ def test_heads_that_change_and_a_worker_that_dies(smollm2: Path, prompts: list[s
         assert_gone(below)
 
 
+@pytest.mark.matrix("full")
 def test_too_little_memory_ends_the_server_as_it_ends_a_plain_one(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

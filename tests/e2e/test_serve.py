@@ -93,6 +93,7 @@ def test_a_server_answers_what_a_plain_one_answers(
     assert all(name == "weather" and arguments for name, arguments in found[1])
 
 
+@pytest.mark.matrix("full")
 def test_servers_are_driven_by_vllms_own_benchmark(smollm2: Path, tmp_path: Path):
     asked = tmp_path / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"id": n, "turns": [f"Count to {n}."]}) + "\n" for n in (3, 5)))

@@ -40,7 +40,8 @@ def engine(model: Path, **arguments: Any) -> Iterator[Any]:
     if interpreter.ON_V2:
         interpreter.mend()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
-    with patch.object(cost, "quiet", lambda runs: True):  # tests share the machine: times are taken once all the same
+    # Tests share the machine, and none is about speed: step times are taken once, at few sizes.
+    with patch.multiple(cost, quiet=lambda runs: True, SIZES=(1, 4, 16), FEWEST=1, ENOUGH=0.0):
         llm = LLM(str(model), disable_log_stats=False, **(defaults | arguments))
     try:
         assert not (seams.built_in() and seams.applied())
