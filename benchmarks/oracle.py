@@ -28,9 +28,9 @@ class Oracle:
         self._draft, self._leave = adapter.draft, adapter.drafter._leave
         adapter.draft, adapter.drafter._leave = self._drafting, self._leaving
 
-    def _drafting(self, runner: Any, requests: Sequence[Any], *arguments: Any) -> list[list[int]]:
+    def _drafting(self, runner: Any, requests: Sequence[Any], *arguments: Any, **keywords: Any) -> list[list[int]]:
         self._requests = requests
-        return self._draft(runner, requests, *arguments)
+        return self._draft(runner, requests, *arguments, **keywords)
 
     def _leaving(
         self, rows: torch.Tensor, asked: Any, cut: int, position: int, frontier: Any, leaving: Any
