@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllm_earlyexit.turns import Group
 
-START_SECONDS = 240
+START_SECONDS = 600
 
 
 def free_port() -> int:
