@@ -41,8 +41,8 @@ def test_it_copies_instead_of_drafting_where_that_is_worth_more():
     policy = auto(CPU, sharpness=0.2)
     assert begins(policy, 3, lambda: [SURE, Repeat(), Repeat()]), "the others are still asked about"
     assert policy.copied == {0: 4}
-    better = auto(FREE, sharpness=0.01)
     for repeat in (SURE, Repeat(SHORTEST, (5,))):
+        better = auto(FREE, sharpness=0.01)
         assert begins(better, 1, lambda repeat=repeat: [repeat]), "a head that is nearly always right drafts more"
         assert not better.copied
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_earlyexit.config import AdditionalConfig, EarlyExitConfig
 from vllm_earlyexit.engine import responses
-from vllm_earlyexit.engine.cost import SIZES, Run, Shape, measured
+from vllm_earlyexit.engine.cost import MEASURED_CONTEXT, SIZES, Run, Shape, measured
 from vllm_earlyexit.engine.drafter import Drawing, HeadSampler, Leaving, Pending, SelfExitDrafter
 from vllm_earlyexit.engine.early_exit import LOSSLESS, Left, Wish, wish_of
 from vllm_earlyexit.engine.frontier import Frontier, of_rows
@@ -204,12 +204,12 @@ class SelfExit:
         logger.info("self-exit: %s", how_it_runs(self.vllm_config.compilation_config, self.drafter.passes.replays))
 
         def run(shape: Shape) -> list[float]:
-            with self.made_up(runner, shape) as positions:
+            with self.made_up(runner, *astuple(shape)) as positions:
                 ids = torch.zeros(shape.tokens, dtype=torch.int32, device=runner.device)
                 return self.drafter.timed(ids, positions)
 
         run(Shape(2))  # compiles the heads, for any number of tokens
-        with self.made_up(runner, Shape(2)) as positions:
+        with self.made_up(runner, 2) as positions:
             for fill_in in self.drafter.fill_ins.values():
                 fill_in(self._no_states(2), positions)
         policy = self.drafter.policy
@@ -230,17 +230,18 @@ class SelfExit:
         return torch.zeros(n, model.get_hidden_size(), dtype=dtype, device=device)
 
     @contextmanager
-    def made_up(self, runner: Runner, shape: Shape) -> Iterator[torch.Tensor]:
-        """A forward context of tokens of no request; yields their positions.
+    def made_up(
+        self, runner: Runner, n: int, context: int = MEASURED_CONTEXT, spread: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """A forward context of n tokens of no request; yields their positions. Other arguments as in ``Shape``.
 
         They attend to whatever the KV cache holds, and their own KV is not kept. Call it before anything is served.
         """
         any_blocks = runner.blocks(torch.zeros(1, dtype=torch.int64, device=runner.device))
-        n = shape.tokens
-        num_seqs = min(n, self.vllm_config.scheduler_config.max_num_seqs) if shape.spread else 1
+        num_seqs = min(n, self.vllm_config.scheduler_config.max_num_seqs) if spread else 1
         counts = torch.full((num_seqs,), n // num_seqs)
         counts[: n % num_seqs] += 1
-        last = max(min(shape.context, self.max_model_len - 1), int(counts.max())) - 1
+        last = max(min(context, self.max_model_len - 1), int(counts.max())) - 1
         at = torch.cat([torch.arange(last - count + 1, last + 1) for count in counts.tolist()])
         blocks = {group: self._any_blocks(table, num_seqs) for group, table in any_blocks.items()}
         with runner.adapters(lambda: [0] * n), self._kv_context(runner, blocks, counts, at, kept=False) as positions:

@@ -25,7 +25,6 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_earlyexit.engine import ahead
-from vllm_earlyexit.engine.cost import Shape
 from vllm_earlyexit.engine.early_exit import Left
 from vllm_earlyexit.engine.rounds import Blocks, Sampled, Scheduled, SelfExit, Verified
 from vllm_earlyexit.engine.verification import is_greedy, may_leave
@@ -142,7 +141,7 @@ class SelfExitSpeculator(SelfExit, BaseSpeculator):
         def passes(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             def run(mode: CUDAGraphMode) -> None:
                 hidden = self._no_states(desc.num_tokens)
-                with self.made_up(RunnerV2(self._runner), Shape(desc.num_tokens)) as positions:
+                with self.made_up(RunnerV2(self._runner), desc.num_tokens) as positions:
                     context = get_forward_context()
                     context.cudagraph_runtime_mode = mode
                     context.batch_descriptor = BatchDescriptor(num_tokens=desc.num_tokens)
