@@ -124,6 +124,7 @@ def test_coarse_numbers_serve_and_hardly_differ(tmp_path: Path, smollm2: Path, t
     assert counted["accepted_tokens"] > 10
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 KV cache on CPUs needs AVX-512 or AMX")
 def test_fp8_kv_cache(smollm2: Path, text_ids: list[list[int]]):
     found, counted = ask(smollm2, text_ids, dtype="bfloat16", kv_cache_dtype="fp8", speculative_config=FIXED)
     assert [len(one) for one in found] == [32] * len(text_ids)
