@@ -147,9 +147,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer; small models end in loops.")] = 128,
 ) -> None:
     """Replay with and without the check."""
-    known = json.loads(times.read_text())
-    first, more = known["attention"]
-    parts = PartTimes(tuple(known["sizes"]), tuple(map(tuple, known["parts"])), (tuple(first), tuple(more)))
+    parts = PartTimes.of(json.loads(times.read_text()))
     world = World(parts.of_exit(exit_number), around_ms / 1e3, overhead_ms / 1e3, longest)
     known_answers = ((one["ids"], one["answer_start"]) for one in read_records(answers))
     items = [Request(np.array(ids[: start + max_tokens]), start + 1) for ids, start in known_answers]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,6 +132,12 @@ class PartTimes:
     parts: tuple[tuple[float, ...], ...]
     attention: Attention
 
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> "PartTimes":
+        """Return the times that ``asdict`` and JSON have made this of; raises what is missing or has another shape."""
+        first, more = kept["attention"]
+        return cls(tuple(kept["sizes"]), tuple(map(tuple, kept["parts"])), (tuple(first), tuple(more)))
+
     def of_exit(self, number: int) -> StepTimes:
         """Return the times of a step that drafts from the ``number``-th exit, counted from 0."""
         *run, plain = self.parts
@@ -245,10 +252,8 @@ def measured(path: Path, run: Run, longest: int, most_context: int = MEASURED_CO
     that were taken while something else ran are taken again, and not kept.
     """
     try:
-        kept = json.loads(path.read_text())
-        first, more = kept["attention"]
-        times = PartTimes(tuple(kept["sizes"]), tuple(map(tuple, kept["parts"])), (tuple(first), tuple(more)))
-        if len({len(times.sizes), *map(len, times.parts)}) > 1 or {len(first), len(more)} != {len(times.parts)}:
+        times = PartTimes.of(json.loads(path.read_text()))
+        if len({len(times.sizes), *map(len, times.parts)}) > 1 or {*map(len, times.attention)} != {len(times.parts)}:
             raise ValueError(f"{path} has parts of other sizes")
         holds = all(_still(times, run, at) for at in {0, len(times.sizes) // 2})
     except (OSError, ValueError, TypeError, LookupError):
